@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flow-matching schedulers, a U-Net and dynamic diffusion transformers for Hugging Face diffusers."""
+
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers reads these off this module when it loads
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+from .models import DynaUNet2DModel
+from .pipelines import DynaUNetPipeline
+from .schedulers import FlowMatchODEScheduler
+
+
+__version__ = "0.1.0.dev0"
+__all__ = ["DynaUNet2DModel", "DynaUNetPipeline", "FlowMatchODEScheduler"]
+
+
+def _register_with_diffusers() -> None:
+    """
+    Lets diffusers load what this package saved: components recorded as `["diffusers_dyna", <class>]`, and pipelines,
+    which are recorded by their class name alone (huggingface/diffusers#6563).
+    """
+    LOADABLE_CLASSES.setdefault(__name__, {})
+    for name in __all__:
+        if not hasattr(diffusers, name):
+            setattr(diffusers, name, globals()[name])
+
+
+_register_with_diffusers()

@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+from .scheduling_flow_match import FlowMatchODEScheduler, FlowMatchODESchedulerOutput
+
+
+__all__ = ["FlowMatchODEScheduler", "FlowMatchODESchedulerOutput"]
