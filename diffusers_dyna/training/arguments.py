@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command-line arguments that the training scripts share, with the names that diffusers' scripts use."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from ..hub import check_can_publish
+from .data import BUILT_IN_DATASETS
+from .objectives import OBJECTIVES, TIME_SAMPLINGS
+
+
+# These may differ between a run and its continuation: they change neither the weights of a step nor its data.
+FREE_ON_RESUME = {
+    "cache_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "data_root",
+    "dataloader_num_workers",
+    "gradient_accumulation_steps",  # only the total batch size has to stay, and is compared by itself
+    "gradient_checkpointing",
+    "hub_model_id",
+    "hub_private_repo",
+    "logging_dir",
+    "max_bad_images",
+    "max_nonfinite_steps",
+    "max_train_steps",
+    "num_validation_images",
+    "output_dir",
+    "push_to_hub",
+    "report_to",
+    "resume_from_checkpoint",
+    "train_batch_size",
+    "train_data_dir",
+    "validation_guidance_scale",
+    "validation_inference_steps",
+    "validation_steps",
+}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images. One of `--dataset`, `--train_data_dir` and `--dataset_name` applies."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        choices=BUILT_IN_DATASETS,
+        help="digits: 1,797 digits of 8x8 from scikit-learn (the default); fashion-mnist: IDX files in --data_root.",
+    )
+    group.add_argument("--data_root", help="Folder with the IDX files of --dataset fashion-mnist, plain or .gz.")
+    group.add_argument("--train_data_dir", help="Folder of images; an image's class is the name of its first folder.")
+    group.add_argument("--dataset_name", help="Data set of the `datasets` library: a name on the Hub or a local path.")
+    group.add_argument("--dataset_config_name", help="Configuration of --dataset_name.")
+    group.add_argument("--dataset_split", default="train", help="Split of --dataset_name. Default: train.")
+    group.add_argument("--image_column", default="image", help="Image column of --dataset_name. Default: image.")
+    group.add_argument("--label_column", default="label", help="Class column of --dataset_name. Default: label.")
+    group.add_argument("--streaming", action="store_true", help="Read --dataset_name as a stream, without a download.")
+    group.add_argument(
+        "--shuffle_buffer_size",
+        type=int,
+        default=0,
+        help="Rows of a stream to draw from. Default: 0, the stream's order, which is what resumes exactly.",
+    )
+    group.add_argument("--cache_dir", help="Where `datasets` keeps what it downloads.")
+    group.add_argument("--unconditional", action="store_true", help="Ignore the classes.")
+    group.add_argument("--resolution", type=int, help="Side of the images in pixels. Default: the data's own, or 32.")
+    group.add_argument(
+        "--center_crop",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Crop the middle of images that are not square, or a random place. Default: the middle.",
+    )
+    group.add_argument("--random_flip", action="store_true", help="Mirror every other image.")
+    group.add_argument(
+        "--max_bad_images", type=int, default=10, help="Unreadable images to skip before giving up. Default: 10."
+    )
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="Processes that read images. Default: 0, the main one."
+    )
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is learned, and at which times."""
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="flow",
+        help="flow: velocity on the linear path (default); epsilon: the noise of DDPM.",
+    )
+    group.add_argument(
+        "--time_sampling",
+        choices=TIME_SAMPLINGS,
+        default="uniform",
+        help="Distribution of the training times in [0, 1], 1 is noise. stratified: uniform, spread evenly over every "
+        "global batch. Default: uniform.",
+    )
+    group.add_argument(
+        "--logit_mean", type=float, default=0.0, help="Mean of the logit; positive is more noise. Default: 0."
+    )
+    group.add_argument("--logit_std", type=float, default=1.0, help="Standard deviation of the logit. Default: 1.")
+    group.add_argument("--ddpm_num_steps", type=int, default=1000, help="Steps of --objective epsilon. Default: 1000.")
+    group.add_argument(
+        "--ddpm_beta_schedule", default="linear", help="beta_schedule of DDPMScheduler. Default: linear."
+    )
+
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    """The optimizer, its schedule, and averaging."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--train_batch_size", type=int, default=64, help="Images of one process and one micro-step. Default: 64."
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Micro-steps of one optimizer step. Default: 1."
+    )
+    group.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps in all. Default: 2000.")
+    group.add_argument("--learning_rate", type=float, default=3e-4, help="Peak learning rate. Default: 3e-4.")
+    group.add_argument(
+        "--lr_scheduler",
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        default="constant_with_warmup",
+        help="Shape of the learning rate. Default: constant_with_warmup.",
+    )
+    group.add_argument(
+        "--lr_warmup_steps",
+        type=int,
+        default=100,
+        help="Optimizer steps of linear warm-up, whatever the processes and accumulation. Default: 100.",
+    )
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Default: 0.9.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Default: 0.999.")
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="Default: 0.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Default: 1e-8.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm to clip gradients to. Default: 1.")
+    group.add_argument(
+        "--max_nonfinite_steps",
+        type=int,
+        default=20,
+        help="Steps in a row with a gradient that is not finite, each of them skipped, before giving up. Default: 20.",
+    )
+    group.add_argument(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Average the weights; the averages draw the samples and are what is saved. Default: on.",
+    )
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="Decay of the average. Default: 0.9999.")
+    group.add_argument(
+        "--ema_warmup_steps",
+        type=int,
+        help="The length of the average, 1 / (1 - decay), grows evenly from 1 step to its full value over these "
+        "optimizer steps; 0 is full at once. Default: 10 / (1 - ema_decay), an average over the last tenth.",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="Default: what `accelerate launch` was told, else no.",
+    )
+    group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for a third more time.")
+    group.add_argument("--seed", type=int, default=0, help="Seed of everything that is drawn. Default: 0.")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Where things are written, and when."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default=output_dir, help=f"Folder of the run. Default: {output_dir}.")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Save every so many steps. Default: 500.")
+    group.add_argument(
+        "--checkpoints_total_limit", type=int, help="Checkpoints to keep, the newest ones. Default: all."
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        help="'latest' (starts afresh where there is none) or the name or path of a checkpoint.",
+    )
+    group.add_argument(
+        "--validation_steps", type=int, default=500, help="Draw a grid of samples every so many steps. Default: 500."
+    )
+    group.add_argument("--num_validation_images", type=int, default=16, help="Samples in it; 0 for none. Default: 16.")
+    group.add_argument("--validation_guidance_scale", type=float, default=2.0, help="Their guidance. Default: 2.")
+    group.add_argument("--validation_inference_steps", type=int, default=20, help="Their steps. Default: 20.")
+    group.add_argument(
+        "--report_to",
+        help="Tracker of `accelerate`, such as tensorboard, wandb or none. Default: tensorboard where it is installed.",
+    )
+    group.add_argument("--logging_dir", default="logs", help="Folder of the tracker, in --output_dir. Default: logs.")
+    group.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline when the run is done.")
+    group.add_argument("--hub_model_id", help="Repository to publish to. Default: the name of --output_dir.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as private.")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises on everything that can be known to be wrong before data and model are touched.
+
+    Args:
+        args (`argparse.Namespace`): of a parser with all groups of this file.
+
+    Raises:
+        `ValueError`: naming the argument, its value and what is allowed.
+    """
+    at_least = {
+        "max_train_steps": 1,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "checkpointing_steps": 1,
+        "validation_steps": 1,
+        "max_nonfinite_steps": 1,
+        "ddpm_num_steps": 1,
+        "lr_warmup_steps": 0,
+        "num_validation_images": 0,
+        "validation_inference_steps": 1,
+        "max_bad_images": 0,
+        "dataloader_num_workers": 0,
+        "shuffle_buffer_size": 0,
+    }
+    for name, minimum in at_least.items():
+        if getattr(args, name) < minimum:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be at least {minimum}.")
+    for name, minimum in (("checkpoints_total_limit", 1), ("ema_warmup_steps", 0), ("resolution", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < minimum:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be at least {minimum}.")
+    for name in ("learning_rate", "max_grad_norm", "logit_std"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be above 0.")
+    if not 0 <= args.ema_decay < 1:
+        raise ValueError(f"`--ema_decay` {args.ema_decay} must be in [0, 1).")
+
+    sources = [name for name in ("dataset", "train_data_dir", "dataset_name") if getattr(args, name) is not None]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(f'`--{name}`' for name in sources)} each name the data. Give one of them.")
+    if args.dataset == "fashion-mnist" and args.data_root is None:
+        raise ValueError("`--dataset fashion-mnist` needs `--data_root`, the folder with its IDX files.")
+    if args.streaming and args.dataset_name is None:
+        raise ValueError("`--streaming` is for `--dataset_name`.")
+    if args.shuffle_buffer_size and not args.streaming:
+        raise ValueError("`--shuffle_buffer_size` is for `--streaming`: other data is shuffled as a whole.")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"`--train_data_dir` {args.train_data_dir} is not a folder.")
+    if args.dataset_name is not None and importlib.util.find_spec("datasets") is None:
+        raise ValueError("`--dataset_name` needs the `datasets` library: `pip install datasets`.")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("`--mixed_precision fp16` needs a GPU. On a CPU use bf16 or no.")
+    if args.push_to_hub:
+        check_can_publish(args.hub_model_id or Path(args.output_dir).name)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is trained to predict, and at which times."""
+
+from collections.abc import Sequence
+
+import torch
+
+from diffusers import DDPMScheduler, SchedulerMixin
+
+from ..schedulers import FlowMatchODEScheduler
+from .randomness import keyed_generator, keyed_uniform
+
+
+OBJECTIVES = ("flow", "epsilon")
+TIME_SAMPLINGS = ("uniform", "logit_normal", "stratified")
+
+
+def make_training_scheduler(
+    objective: str, num_train_timesteps: int = 1000, beta_schedule: str = "linear"
+) -> SchedulerMixin:
+    """
+    The scheduler that corrupts the data in training and is saved with the pipeline.
+
+    Args:
+        objective (`str`): `"flow"` (velocity, linear path) or `"epsilon"` (the noise of DDPM).
+        num_train_timesteps (`int`, defaults to `1000`): steps of DDPM; flow matching is continuous.
+        beta_schedule (`str`, defaults to `"linear"`): `beta_schedule` of [`~diffusers.DDPMScheduler`].
+
+    Returns:
+        [`FlowMatchODEScheduler`] or [`~diffusers.DDPMScheduler`].
+
+    Raises:
+        `ValueError`: on an unknown objective.
+    """
+    if objective == "flow":
+        return FlowMatchODEScheduler()
+    if objective == "epsilon":
+        return DDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule)
+    raise ValueError(f"`objective`={objective!r} is unknown. Use one of {', '.join(map(repr, OBJECTIVES))}.")
+
+
+def sample_sigmas(
+    time_sampling: str,
+    seed: int,
+    indices: Sequence[int],
+    total_batch_size: int,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> torch.Tensor:
+    """
+    Continuous noise levels for samples of one optimizer step, 1 is noise.
+
+    Every sample's level comes from its global index, so any split of the batch over processes and accumulation draws
+    the same.
+
+    Args:
+        time_sampling (`str`):
+            `"uniform"`; `"logit_normal"` ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206), section
+            3.1): sigma = sigmoid(logit_mean + logit_std * n) with n standard normal, so a positive mean stands for
+            more noise; or `"stratified"`: uniform, exactly one sample of the global batch in each of its
+            `total_batch_size` equal intervals.
+        seed (`int`): seed of the run.
+        indices (`Sequence[int]`): global indices of the samples.
+        total_batch_size (`int`): samples of one optimizer step over all processes and accumulation.
+        logit_mean (`float`, defaults to `0.0`): mean of the logit.
+        logit_std (`float`, defaults to `1.0`): standard deviation of the logit.
+
+    Returns:
+        `torch.Tensor` of shape `(len(indices),)`, float32 in [0, 1].
+
+    Raises:
+        `ValueError`: on an unknown `time_sampling`.
+    """
+    uniform = keyed_uniform(seed, "time", indices)
+    if time_sampling == "stratified":
+        steps = [index // total_batch_size for index in indices]
+        # Which interval a position of the batch gets changes from step to step: every micro-batch covers all times.
+        strata = {
+            step: torch.randperm(total_batch_size, generator=keyed_generator(seed, "strata", step))
+            for step in set(steps)
+        }
+        stratum = torch.stack([strata[step][i % total_batch_size] for i, step in zip(indices, steps, strict=True)])
+        sigmas = (stratum + uniform) / total_batch_size
+    elif time_sampling == "logit_normal":
+        sigmas = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(uniform))
+    elif time_sampling == "uniform":
+        sigmas = uniform
+    else:
+        raise ValueError(
+            f"`time_sampling`={time_sampling!r} is unknown. Use one of {', '.join(map(repr, TIME_SAMPLINGS))}."
+        )
+    return sigmas.float()
+
+
+def sigmas_to_timesteps(scheduler: SchedulerMixin, sigmas: torch.Tensor) -> torch.Tensor:
+    """
+    The times that the model is given: continuous for flow matching, one of the discrete steps for DDPM.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]): from [`make_training_scheduler`].
+        sigmas (`torch.Tensor` of shape `(batch_size,)`): noise levels in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: float32 in [0, 1000], or int64 in [0, num_train_timesteps).
+    """
+    timesteps = sigmas * scheduler.config.num_train_timesteps
+    if isinstance(scheduler, FlowMatchODEScheduler):
+        return timesteps
+    return timesteps.long().clamp(max=scheduler.config.num_train_timesteps - 1)
+
+
+def training_target(
+    scheduler: SchedulerMixin, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """
+    What the model should predict: the noise (epsilon prediction) or the velocity of the scheduler's path.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]): from [`make_training_scheduler`].
+        sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): clean data.
+        noise (`torch.Tensor` with the shape of `sample`): the noise that was mixed in.
+        timesteps (`torch.Tensor` of shape `(batch_size,)`): times of the samples.
+
+    Returns:
+        `torch.Tensor` with the shape of `sample`.
+    """
+    if scheduler.config.get("prediction_type") == "epsilon":
+        return noise
+    return scheduler.get_velocity(sample, noise, timesteps)
