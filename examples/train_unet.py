@@ -449,7 +449,13 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.commit_pipeline(partial, output_dir)
         accelerator.print(f"Saved the pipeline to {output_dir}")
         if args.push_to_hub:
-            publish(output_dir, args.hub_model_id or output_dir.name, private=args.hub_private_repo)
+            published = publish(
+                output_dir,
+                args.hub_model_id or output_dir.name,
+                private=args.hub_private_repo,
+                license=args.hub_license,
+            )
+            accelerator.print(f"Published at {published.url}")
     accelerator.end_training()
 
 

@@ -11,9 +11,11 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImageP
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_dyna.models.unet_dyna_2d import DynaUNet2DModel  # published repositories point this at their own copy
+# For type hints only: a published copy goes without the package.
+from diffusers_dyna.models.unet_dyna_2d import DynaUNet2DModel
 
 
 EXAMPLE_DOC_STRING = """
@@ -110,16 +112,15 @@ class DynaUNetPipeline(DiffusionPipeline):
                         f"`class_labels` has the name {entry!r}, which the classes {labels_by_name[entry]} share. "
                         "Give the label instead."
                     )
-                label_ids.append(labels_by_name[entry][0])
-            elif isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
-                if not 0 <= entry < num_classes:
-                    raise ValueError(
-                        f"`class_labels` has the label {entry}, but the model has {num_classes} classes: use 0 to "
-                        f"{num_classes - 1}."
-                    )
-                label_ids.append(int(entry))
-            else:
+                entry = labels_by_name[entry][0]
+            if not isinstance(entry, (int, np.integer)) or isinstance(entry, bool):
                 raise TypeError(f"`class_labels` must hold labels or names, but has {entry!r} ({type(entry)}).")
+            if not 0 <= entry < num_classes:
+                raise ValueError(
+                    f"`class_labels` has the label {entry}, but the model has {num_classes} classes: use 0 to "
+                    f"{num_classes - 1}."
+                )
+            label_ids.append(int(entry))
         return label_ids
 
     def check_inputs(
@@ -127,9 +128,12 @@ class DynaUNetPipeline(DiffusionPipeline):
         class_labels,
         height: int,
         width: int,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
+        num_inference_steps: int | None,
+        timesteps: list[float] | None,
+        sigmas: list[float] | None,
         guidance_scale: float,
+        num_images_per_prompt: int,
+        eta: float,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> None:
@@ -139,10 +143,14 @@ class DynaUNetPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`height` and `width` must be positive and divisible by {factor}, but are {height} and {width}."
             )
-        if num_inference_steps is not None and (
-            int(num_inference_steps) != num_inference_steps or num_inference_steps < 1
-        ):
+        if num_inference_steps is None:
+            has_steps = timesteps is not None or sigmas is not None
+        else:
+            has_steps = int(num_inference_steps) == num_inference_steps and num_inference_steps >= 1
+        if not has_steps:
             raise ValueError(f"`num_inference_steps`={num_inference_steps} must be a whole number, at least 1.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta`={eta} must be in [0, 1].")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
         if class_labels is not None and self.unet.config.num_classes is None:
@@ -203,9 +211,10 @@ class DynaUNetPipeline(DiffusionPipeline):
         return extra_step_kwargs
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -225,7 +234,7 @@ class DynaUNetPipeline(DiffusionPipeline):
         Draws images.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
                 What to draw, as labels or as names of `id2label`. `None` draws without a class.
             height (`int`, *optional*): height in pixels; `None` is the U-Net's `sample_size`.
             width (`int`, *optional*): width in pixels; `None` is the U-Net's `sample_size`.
@@ -250,6 +259,8 @@ class DynaUNetPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 The tensors that the callback gets.
 
+        Examples:
+
         Returns:
             [`~diffusers.ImagePipelineOutput`] or a tuple whose first element is the images.
 
@@ -266,15 +277,18 @@ class DynaUNetPipeline(DiffusionPipeline):
         default_height, default_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         height = default_height if height is None else height
         width = default_width if width is None else width
-        if torch.is_tensor(class_labels):
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.tolist()
         self.check_inputs(
             class_labels,
             height,
             width,
             num_inference_steps,
-            num_images_per_prompt,
+            timesteps,
+            sigmas,
             guidance_scale,
+            num_images_per_prompt,
+            eta,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
@@ -298,10 +312,9 @@ class DynaUNetPipeline(DiffusionPipeline):
         # shifts twice there; the even grid that it is given instead is the one our own scheduler makes.
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) and timesteps is None and sigmas is None:
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         self._num_timesteps = len(timesteps)
+        num_inference_steps = -(-len(timesteps) // self.scheduler.order)  # with a grid of the user's, its own number
 
         # 4. Noise
         latents = self.prepare_latents(batch_size, height, width, generator, latents, device)

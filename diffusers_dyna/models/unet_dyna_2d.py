@@ -200,7 +200,7 @@ class DynaUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
                 f"feature maps are {resolutions}: no attention is added there."
             )
 
-        time_embed_dim = time_embed_dim or 4 * base_channels
+        time_embed_dim = 4 * base_channels if time_embed_dim is None else time_embed_dim
         self.time_proj = Timesteps(time_embed_dim, flip_sin_to_cos=False, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_embed_dim, time_embed_dim)
         self.class_embedding = None
@@ -274,13 +274,13 @@ class DynaUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
                 f"it {len(channels) - 1} times. Use fewer `channel_mults` or another size."
             )
         for level, level_width in enumerate(channels):
-            if level_width % config.norm_num_groups:
+            if config.norm_num_groups < 1 or level_width < 1 or level_width % config.norm_num_groups:
                 raise ValueError(
                     f"`norm_num_groups`={config.norm_num_groups} must divide the width of every level, but level "
                     f"{level} is `base_channels` * {config.channel_mults[level]} = {level_width} wide."
                 )
             has_attention = with_attention[level] or level == len(channels) - 1
-            if has_attention and level_width % config.num_attention_heads:
+            if has_attention and (config.num_attention_heads < 1 or level_width % config.num_attention_heads):
                 raise ValueError(
                     f"`num_attention_heads`={config.num_attention_heads} must divide the width {level_width} of "
                     f"level {level}, which has attention."
@@ -393,6 +393,14 @@ class DynaUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
         self, class_labels: torch.Tensor | None, dropout_mask: torch.Tensor | None, batch_size: int, device
     ) -> torch.Tensor | None:
         null_label = self.null_class_label
+        if dropout_mask is not None:
+            if null_label is None:
+                raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
+            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"`class_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
+                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
+                )
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` were given, but the model is unconditional (`num_classes` is None).")
@@ -419,7 +427,5 @@ class DynaUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
         if dropout_mask is None and self.training and null_label is not None:
             dropout_mask = torch.rand(batch_size, device=device) < self.config.class_dropout_prob
         if dropout_mask is not None:
-            if null_label is None:
-                raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
             class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
         return class_labels

@@ -3,6 +3,7 @@
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ FREE_ON_RESUME = {
     "dataloader_num_workers",
     "gradient_accumulation_steps",  # only the total batch size has to stay, and is compared by itself
     "gradient_checkpointing",
+    "hub_license",
     "hub_model_id",
     "hub_private_repo",
     "logging_dir",
@@ -187,6 +189,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--logging_dir", default="logs", help="Folder of the tracker, in --output_dir. Default: logs.")
     group.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline when the run is done.")
     group.add_argument("--hub_model_id", help="Repository to publish to. Default: the name of --output_dir.")
+    group.add_argument("--hub_license", help="Licence of the weights, as the Hub names it, such as apache-2.0.")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as private.")
 
 
@@ -242,5 +245,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("`--dataset_name` needs the `datasets` library: `pip install datasets`.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("`--mixed_precision fp16` needs a GPU. On a CPU use bf16 or no.")
-    if args.push_to_hub:
+    # One process asks for all: the Hub limits how often a token may be checked.
+    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
         check_can_publish(args.hub_model_id or Path(args.output_dir).name)

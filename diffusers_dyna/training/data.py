@@ -571,12 +571,16 @@ def open_image_source(args) -> ImageSource:
     if args.train_data_dir is not None:
         return ImageFolderSource(args.train_data_dir, with_classes=not args.unconditional)
     if args.dataset_name is not None:
-        return HubDatasetSource(
+        is_local = Path(args.dataset_name).exists()
+        source = HubDatasetSource(
             _load_dataset(args),
-            name=Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name,
+            name=Path(args.dataset_name).name if is_local else args.dataset_name,
             image_column=args.image_column,
             label_column=None if args.unconditional else args.label_column,
         )
+        if not is_local:
+            source.facts = {"url": f"https://huggingface.co/datasets/{args.dataset_name}"}
+        return source
     source = load_fashion_mnist(args.data_root) if args.dataset == "fashion-mnist" else load_digits()
     if args.unconditional:
         source.labels = source.id2label = None

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The ways to load a published pipeline, each in a fresh process, from the Hub and from a local folder, compared by the
+images that come out with those of the pipeline before it was saved.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from huggingface_hub import constants
+
+from diffusers_dyna.hub import publish
+
+from .conftest import save_tiny_pipeline, write_training_summary
+from .loopback_hub import LoopbackHub
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    One pipeline of the package.
+
+    Args:
+        save (`Callable`): saves a tiny pipeline in a folder and returns it.
+        pipeline (`str`): name of its class.
+        components (`dict[str, str]`): class name of each component that the package defines.
+        call (`dict`): arguments of a call, without generator and output type.
+    """
+
+    save: Callable
+    pipeline: str
+    components: dict[str, str]
+    call: dict
+
+
+FAMILIES = {
+    "unet": Family(
+        save=save_tiny_pipeline,
+        pipeline="DynaUNetPipeline",
+        components={"unet": "DynaUNet2DModel", "scheduler": "FlowMatchODEScheduler"},
+        call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
+    ),
+}
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "diffusers_dyna":
+            raise ModuleNotFoundError("No module named " + repr(name))
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import diffusers_dyna
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("diffusers_dyna can be imported")
+"""
+
+LOAD = {
+    "package": "from diffusers_dyna import {pipeline}; pipe = {pipeline}.from_pretrained({source!r})",
+    "diffusers": (
+        "import diffusers_dyna; from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({source!r})"
+    ),
+    "remote-code": (
+        WITHOUT_PACKAGE + "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained({source!r}, trust_remote_code=True{revision})"
+    ),
+    "subfolders": (
+        "import diffusers_dyna\n"
+        "parts = {{name: getattr(diffusers_dyna, cls).from_pretrained({source!r}, subfolder=name)"
+        " for name, cls in {components!r}.items()}}\n"
+        "pipe = diffusers_dyna.{pipeline}(**parts, id2label={id2label!r})"
+    ),
+}
+
+DRAW = """
+import numpy, torch
+images = pipe(**{call!r}, generator=torch.Generator().manual_seed(5), output_type="np").images
+numpy.save("images.npy", images)
+print("class of the pipeline:", type(pipe).__module__)
+"""
+
+
+@dataclass(frozen=True)
+class Published:
+    hub: LoopbackHub
+    repo_id: str
+    family: Family
+    local: dict[str, str]  # folder with the files of each revision
+    remote_code_commit: str
+    images: np.ndarray  # of the pipeline in memory, before it was saved
+    id2label: dict[int, str]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def published(request, tmp_path_factory):
+    """A published pipeline, the images it makes, and what was published as local folders too."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline = family.save(folder / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(**family.call, generator=torch.Generator().manual_seed(5), output_type="np").images
+    assert np.ptp(images) > 0.1, "images that are all alike would compare equal whatever was loaded"
+    write_training_summary(folder / "model")
+
+    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        repo = publish(folder / "model", "digits", token=hub.token)
+        local = {}
+        for branch in ("main", "remote-code"):
+            local[branch] = str(folder / branch)
+            for path, content in hub.files(repo.repo_id, branch).items():
+                file = folder / branch / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        yield Published(hub, repo.repo_id, family, local, repo.remote_code_commit, images, pipeline.id2label)
+
+
+def run(code: str, published: Published, folder: Path) -> subprocess.CompletedProcess:
+    """Runs code in a fresh process with empty caches."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=published.hub.environment(folder / "home"),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def load_and_draw(lane: str, published: Published, folder: Path, source: str, revision: str | None = None) -> str:
+    """Loads in the given way, checks the images, and returns what the process printed."""
+    family = published.family
+    code = LOAD[lane].format(
+        source=source,
+        revision=f", revision={revision!r}" if revision else "",
+        pipeline=family.pipeline,
+        components=family.components,
+        id2label=published.id2label,
+    ) + DRAW.format(call=family.call)
+    done = run(code, published, folder)
+    assert done.returncode == 0, done.stderr
+    # Same weights, code and noise on one machine; the number of threads may differ between the processes.
+    np.testing.assert_allclose(np.load(folder / "images.npy"), published.images, rtol=0, atol=1e-5)
+    assert "Expected types" not in done.stderr
+    assert "pip install" not in done.stderr
+    module = "diffusers_modules" if lane == "remote-code" else "diffusers_dyna"
+    assert f"class of the pipeline: {module}." in done.stdout
+    return done.stdout + done.stderr
+
+
+def test_package_class_from_the_hub(published, tmp_path):
+    load_and_draw("package", published, tmp_path, published.repo_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", ["package", "diffusers", "subfolders"])
+def test_local_folder(published, tmp_path, lane):
+    load_and_draw(lane, published, tmp_path, published.local["main"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", ["diffusers", "subfolders"])
+def test_hub(published, tmp_path, lane):
+    load_and_draw(lane, published, tmp_path, published.repo_id)
+
+
+@pytest.mark.slow
+def test_remote_code_from_the_branch(published, tmp_path):
+    load_and_draw("remote-code", published, tmp_path, published.repo_id, revision="remote-code")
+
+
+@pytest.mark.slow
+def test_remote_code_from_a_local_folder(published, tmp_path):
+    load_and_draw("remote-code", published, tmp_path, published.local["remote-code"])
+
+
+@pytest.mark.slow
+def test_remote_code_does_not_run_without_trust(published, tmp_path):
+    code = LOAD["remote-code"].replace("trust_remote_code=True", "trust_remote_code=False")
+    done = run(code.format(source=published.repo_id, revision=", revision='remote-code'"), published, tmp_path)
+    assert done.returncode != 0
+    assert "Pass `trust_remote_code=True`" in done.stderr
+
+
+def test_the_packageless_process_can_really_not_import_it(published, tmp_path):
+    done = run(WITHOUT_PACKAGE + "import diffusers_dyna.hub", published, tmp_path)
+    assert "ModuleNotFoundError: No module named 'diffusers_dyna'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_package", [True, False], ids=["package", "remote code"])
+def test_the_code_in_the_card_runs(published, tmp_path, with_package):
+    card = published.hub.files(published.repo_id)["README.md"].decode()
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    assert len(blocks) == 2
+    snippet = blocks[0] if with_package else blocks[1]
+    assert with_package or f'revision="{published.remote_code_commit}"' in snippet
+
+    done = run(snippet if with_package else WITHOUT_PACKAGE + snippet, published, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Expected types" not in done.stderr
+
+    # The picture that the card promises: settings and seed of the sample grid.
+    expected = published.family.save(tmp_path / "again")(
+        **first_two_classes(published),
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    drawn = np.asarray(Image.open(tmp_path / "sample.png"), dtype=int)
+    assert np.abs(drawn - np.asarray(expected, dtype=int)).max() <= 1  # one grey level, for rounding
+
+
+def first_two_classes(published: Published) -> dict:
+    return {"class_labels": [0, 1]} if published.id2label else {}
+
+
+@pytest.mark.slow
+def test_remote_code_from_the_commit_survives_later_publications(published, tmp_path):
+    """What a card has pinned keeps loading the weights and the code of its time."""
+    repo = published.hub.repos[published.repo_id]
+    files = published.hub.files(published.repo_id, "remote-code")
+    later = {**files, "pipeline.py": b"raise RuntimeError('code of a later commit')\n"}
+    before = dict(repo.branches)
+    repo.add_commit("remote-code", "later", later)
+    try:
+        load_and_draw("remote-code", published, tmp_path, published.repo_id, revision=published.remote_code_commit)
+    finally:
+        repo.branches.update(before)

@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`FlowMatchODEScheduler` against diffusers' flow-matching schedulers, and against a data distribution whose velocity and
+whose solution of the ODE are known in closed form.
+"""
+
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+from diffusers_dyna import FlowMatchODEScheduler
+from diffusers_dyna.schedulers import FlowMatchODESchedulerOutput
+
+from ..testing_utils import logged_warnings, randn
+
+
+SOLVERS = ["euler", "heun"]
+SHAPE = (4, 3, 8, 8)
+
+
+def toy_velocity(sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+    """Some velocity that depends on the sample and on the time, with no meaning."""
+    return sample * float(timestep) / (1000 + float(timestep)) - 0.3
+
+
+def run(scheduler, sample: torch.Tensor, velocity=toy_velocity, begin_index: int = 0) -> tuple[torch.Tensor, int]:
+    """The end of the trajectory and the number of model calls."""
+    calls = 0
+    for timestep in scheduler.timesteps[begin_index:]:
+        sample = scheduler.step(velocity(sample, timestep), timestep, sample).prev_sample
+        calls += 1
+    return sample, calls
+
+
+class GaussianData:
+    """
+    Data N(mean, std^2) under the linear path x = a x0 + sigma eps, a = 1 - sigma: x is Gaussian with variance
+    D = a^2 std^2 + sigma^2, the velocity is E[eps - x0 | x], and x keeps its quantile along the ODE.
+    """
+
+    mean, std = 0.7, 0.4
+
+    def deviation(self, sigma: float) -> float:
+        return math.sqrt((1 - sigma) ** 2 * self.std**2 + sigma**2)
+
+    def velocity(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        sigma = float(timestep) / 1000
+        covariance = sigma - (1 - sigma) * self.std**2
+        return covariance / self.deviation(sigma) ** 2 * (sample - (1 - sigma) * self.mean) - self.mean
+
+    def solution(self, sample: torch.Tensor, sigma: float, end: float = 0.0) -> torch.Tensor:
+        quantile = (sample - (1 - sigma) * self.mean) / self.deviation(sigma)
+        return (1 - end) * self.mean + self.deviation(end) * quantile
+
+
+# The grid
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_default_grid_is_even_and_ends_at_zero(steps):
+    scheduler = FlowMatchODEScheduler()
+    scheduler.set_timesteps(steps)
+    # float32 rounds each entry to 6e-8
+    expected = torch.tensor([1 - i / steps for i in range(steps)] + [0.0])
+    torch.testing.assert_close(scheduler.sigmas, expected, rtol=0, atol=1.2e-7)
+    assert scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
+    assert scheduler.sigmas.dtype == scheduler.timesteps.dtype == torch.float32
+    assert torch.equal(scheduler.timesteps, scheduler.sigmas[:-1] * 1000)
+    assert scheduler.num_inference_steps == steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_heun_asks_for_the_model_2n_minus_1_times(steps):
+    scheduler = FlowMatchODEScheduler(solver="heun", shift=2.0)
+    scheduler.set_timesteps(steps)
+    times = (scheduler.sigmas[:-1] * 1000).tolist()
+    expected = times[:1] + [time for time in times[1:] for _ in range(2)]
+    assert scheduler.timesteps.tolist() == expected
+    assert len(scheduler.timesteps) == 2 * steps - 1
+    assert scheduler.order == 2
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shift_is_applied_once(shift):
+    scheduler = FlowMatchODEScheduler(shift=shift)
+    scheduler.set_timesteps(4)
+    for _ in range(2):  # setting the grid a second time starts from the unshifted one again
+        scheduler.set_timesteps(4)
+        expected = torch.tensor([shift * s / (1 + (shift - 1) * s) for s in (1, 0.75, 0.5, 0.25)] + [0.0])
+        # float32 rounding of three operations
+        torch.testing.assert_close(scheduler.sigmas, expected, rtol=3e-7, atol=0)
+
+
+def test_last_step_is_not_wasted():
+    """With two steps and `shift=3`, diffusers' default grid is [1, 0.009, 0]."""
+    scheduler = FlowMatchODEScheduler(shift=3.0)
+    scheduler.set_timesteps(2)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.75, 0.0]))
+
+
+def test_grid_before_set_timesteps_serves_training():
+    """Training scripts of diffusers pick entries of `timesteps`, and `sigmas` has the same positions."""
+    ours, theirs = FlowMatchODEScheduler(shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert len(ours) == len(ours.timesteps) == 1000
+    # i/1000 is rounded in another order: one unit in the last place of 1000
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1.3e-4)
+    torch.testing.assert_close(ours.sigmas[:-1], theirs.sigmas, rtol=0, atol=1.2e-7)
+    assert ours.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor], ids=["list", "numpy", "torch"])
+def test_user_grids(convert):
+    scheduler = FlowMatchODEScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=convert([1.0, 0.5, 0.2]))
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.75, 0.6 / 1.4, 0.0]))
+    assert scheduler.num_inference_steps == 3
+
+    scheduler.set_timesteps(3, timesteps=convert([900.0, 254.0, 0.5]))
+    # never shifted; 254 -> sigma -> 254 costs one rounding
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([900.0, 254.0, 0.5]), rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([0.9, 0.254, 0.0005, 0.0]))
+
+
+def test_user_timesteps_need_no_mu():
+    scheduler = FlowMatchODEScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(timesteps=[900.0, 254.0])
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([0.9, 0.254, 0.0]))
+
+
+def test_mu_without_dynamic_shifting_changes_nothing():
+    """Pipelines of diffusers (Flux, QwenImage, Z-Image, ...) pass `mu` whether the scheduler uses it or not."""
+    scheduler = FlowMatchODEScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    expected = scheduler.sigmas
+    scheduler.set_timesteps(5, mu=1.15)
+    assert torch.equal(scheduler.sigmas, expected)
+
+
+def test_num_train_timesteps_is_the_unit_of_time():
+    scheduler = FlowMatchODEScheduler(num_train_timesteps=10)
+    scheduler.set_timesteps(5)
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([10.0, 8.0, 6.0, 4.0, 2.0]))
+    assert len(scheduler) == 10
+    noised = scheduler.scale_noise(torch.zeros(1, 2), 4.0, torch.ones(1, 2))
+    torch.testing.assert_close(noised, torch.full((1, 2), 0.4))
+
+
+def test_set_shift_acts_from_the_next_grid_on():
+    scheduler = FlowMatchODEScheduler()
+    scheduler.set_timesteps(2)
+    scheduler.set_shift(3.0)
+    assert scheduler.shift == 3.0
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.5, 0.0]))
+    scheduler.set_timesteps(2)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.75, 0.0]))
+
+
+# diffusers' schedulers as oracles
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize(
+    "config, mu",
+    [
+        ({}, None),
+        ({"shift": 3.0}, None),
+        ({"shift": 0.7}, None),
+        ({"use_dynamic_shifting": True}, 0.8),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, 2.5),
+        ({"use_dynamic_shifting": True, "shift": 3.0}, 0.8),
+    ],
+)
+def test_euler_is_diffusers_euler_bit_for_bit(config, mu, steps):
+    sigmas = np.linspace(1, 1 / steps, steps)
+    theirs = FlowMatchEulerDiscreteScheduler(**config)
+    theirs.set_timesteps(sigmas=sigmas, mu=mu)
+    ours = FlowMatchODEScheduler(**config)
+    for arguments in ({"sigmas": sigmas}, {"sigmas": sigmas.tolist()}, {"num_inference_steps": steps}):
+        ours.set_timesteps(**arguments, mu=mu)
+        assert torch.equal(ours.sigmas, theirs.sigmas)
+        assert torch.equal(ours.timesteps, theirs.timesteps)
+
+    expected, _ = run(theirs, randn(*SHAPE))
+    actual, calls = run(ours, randn(*SHAPE))
+    assert calls == steps
+    assert torch.equal(actual, expected)
+
+
+def test_euler_trajectory_with_rounded_model_output():
+    """The state is kept in float32 and only the result is rounded, to the dtype of the model output."""
+    theirs, ours = FlowMatchEulerDiscreteScheduler(), FlowMatchODEScheduler()
+    sigmas = [1.0, 0.7, 0.4, 0.1]
+    theirs.set_timesteps(sigmas=sigmas)
+    ours.set_timesteps(sigmas=sigmas)
+    sample, velocity = randn(*SHAPE), randn(*SHAPE, seed=1).bfloat16()
+    for i, timestep in enumerate(ours.timesteps):
+        actual = ours.step(velocity, timestep, sample).prev_sample
+        assert actual.dtype == torch.bfloat16
+        # bit for bit the float32 step on the float32 values of the two tensors, rounded once; diffusers rounds the
+        # increment too, hence one unit of bfloat16 (2^-8) of tolerance against it
+        step_size = ours.sigmas[i + 1] - ours.sigmas[i]
+        assert torch.equal(actual, (sample.float() + step_size * velocity.float()).bfloat16())
+        expected = theirs.step(velocity, timestep, sample).prev_sample
+        torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-8)
+        sample = actual
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_heun_is_diffusers_heun(shift, steps):
+    theirs = FlowMatchHeunDiscreteScheduler(shift=shift)
+    theirs.sigma_min = 0.2  # of 0.001, by which they divide, rounding would be all that one sees
+    theirs.set_timesteps(steps)
+    ours = FlowMatchODEScheduler(solver="heun")
+    # their default grid as it is, without the shift
+    ours.set_timesteps(sigmas=theirs.timesteps[::2] / 1000)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1.2e-7, atol=0)
+
+    expected, _ = run(theirs, randn(*SHAPE))
+    actual, calls = run(ours, randn(*SHAPE))
+    assert calls == 2 * steps - 1
+    # they divide by sigma what they multiplied by it: float32 rounding over a few steps, values of order 1
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("other", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_from_config_both_ways(other):
+    ours = FlowMatchODEScheduler.from_config(other(shift=3.0, num_train_timesteps=500).config)
+    assert (ours.shift, ours.config.num_train_timesteps) == (3.0, 500)
+    back = other.from_config(ours.config)
+    assert (back.config.shift, back.config.num_train_timesteps) == (3.0, 500)
+    assert FlowMatchODEScheduler.from_config(back.config).config.shift == 3.0
+    assert other in FlowMatchODEScheduler().compatibles
+    # the solver survives the way through a scheduler that does not know it
+    heun = FlowMatchODEScheduler(solver="heun")
+    assert FlowMatchODEScheduler.from_config(other.from_config(heun.config).config).config.solver == "heun"
+    assert FlowMatchODEScheduler.from_config(ours.config, solver="heun").order == 2
+
+
+# A distribution with a known solution
+
+
+@pytest.mark.parametrize("solver, order, steps", [("euler", 1, (32, 64, 128, 256)), ("heun", 2, (10, 20, 40, 80))])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_order_of_convergence(solver, order, steps, shift):
+    """Halving the step divides the error by 2^order."""
+    data = GaussianData()
+    noise = torch.linspace(-2, 2, 41)
+    expected = data.solution(noise, sigma=1.0)
+    torch.testing.assert_close(expected, data.mean + data.std * noise)  # a standard normal becomes the data
+    errors = []
+    for number in steps:
+        scheduler = FlowMatchODEScheduler(solver=solver, shift=shift)
+        scheduler.set_timesteps(number)
+        sample, calls = run(scheduler, noise, data.velocity)
+        assert calls == len(scheduler.timesteps) == (number if solver == "euler" else 2 * number - 1)
+        errors.append((sample - expected).square().mean().sqrt().item())
+    # 1e-5 is a hundred roundings of float32: the errors are those of the method
+    assert 1e-5 < errors[-1] < errors[0] < 0.06
+    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors[:-1], errors[1:], strict=True)]
+    # the order is a limit; at these steps the next term of the error moves it by up to a tenth
+    torch.testing.assert_close(torch.tensor(orders), torch.full((3,), float(order)), rtol=0, atol=0.12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("with_begin_index", [True, False])
+def test_start_in_the_middle(solver, with_begin_index):
+    """Image-to-image: data is noised to a time of the grid and integrated from there."""
+    data = GaussianData()
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(200)
+    begin_index = 120 * scheduler.order
+    timestep = scheduler.timesteps[begin_index]
+    assert timestep.item() == pytest.approx(400.0, abs=1e-3)
+
+    image, noise = data.mean + data.std * randn(41), randn(41, seed=1)
+    sample = scheduler.scale_noise(image, timestep, noise)
+    torch.testing.assert_close(sample, 0.6 * image + 0.4 * noise)
+    if with_begin_index:
+        scheduler.set_begin_index(begin_index)
+        assert scheduler.begin_index == begin_index
+    actual, calls = run(scheduler, sample, data.velocity, begin_index)
+    assert calls == (80 if solver == "euler" else 159)
+    assert scheduler.step_index == len(scheduler.timesteps)
+    # Euler's error at 80 steps of 1/200 is at most 8e-3 of values of order 1, Heun's 7e-5
+    tolerance = 1e-2 if solver == "euler" else 1e-4
+    torch.testing.assert_close(actual, data.solution(sample, sigma=0.4), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_begin_index_and_search_agree(solver):
+    results = []
+    for set_begin_index in (True, False):
+        scheduler = FlowMatchODEScheduler(solver=solver, shift=3.0)
+        scheduler.set_timesteps(6)
+        if set_begin_index:
+            scheduler.set_begin_index(2 * scheduler.order)
+        results.append(run(scheduler, randn(*SHAPE), begin_index=2 * scheduler.order)[0])
+    assert torch.equal(*results)
+
+
+# The forward process
+
+
+@pytest.mark.parametrize("timestep", [0.0, 0.37, 254, 254.0, 745.3, 1000.0])
+def test_noise_at_any_timestep(timestep):
+    """254 is on no grid: no lookup is involved, before `set_timesteps` and after it."""
+    sample, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    sigma = timestep / 1000
+    expected = (1 - sigma) * sample + sigma * noise
+    scheduler = FlowMatchODEScheduler(shift=3.0)
+    for _ in range(2):
+        for time in (timestep, torch.tensor(timestep), torch.full((4,), timestep), torch.tensor([timestep])):
+            torch.testing.assert_close(scheduler.scale_noise(sample, time, noise), expected)
+            torch.testing.assert_close(scheduler.add_noise(sample, noise, time), expected)
+        scheduler.set_timesteps(7)
+        scheduler.set_begin_index(3)  # diffusers would take the time of index 3 here, whatever was asked
+
+
+def test_noise_with_one_timestep_per_sample():
+    sample, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    timesteps = torch.tensor([0.0, 100.25, 500.0, 1000.0])
+    scheduler = FlowMatchODEScheduler()
+    batch = scheduler.scale_noise(sample, timesteps, noise)
+    for i, timestep in enumerate(timesteps.tolist()):
+        row = scheduler.scale_noise(sample[i : i + 1], timestep, noise[i : i + 1])
+        assert torch.equal(batch[i : i + 1], row)
+    assert torch.equal(batch[0], sample[0]) and torch.equal(batch[3], noise[3])
+
+
+def test_noise_is_diffusers_noise_on_the_grid():
+    ours, theirs = FlowMatchODEScheduler(shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sample, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.4, 0.1])
+    timesteps = ours.timesteps[[2, 0, 3, 1]]
+    torch.testing.assert_close(
+        ours.scale_noise(sample, timesteps, noise), theirs.scale_noise(sample, timesteps, noise)
+    )
+
+
+def test_noise_keeps_the_dtype_and_rounds_once():
+    sample, noise = randn(*SHAPE).bfloat16(), randn(*SHAPE, seed=1).bfloat16()
+    scheduler = FlowMatchODEScheduler()
+    actual = scheduler.add_noise(sample, noise, torch.tensor([745.3, 3.0, 999.0, 1000.0]))
+    sigma = torch.tensor([0.7453, 0.003, 0.999, 1.0]).reshape(4, 1, 1, 1)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, ((1 - sigma) * sample.float() + sigma * noise.float()).bfloat16())
+
+
+def test_velocity_is_the_derivative_of_the_path():
+    scheduler = FlowMatchODEScheduler()
+    sample, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    velocity = scheduler.get_velocity(sample, noise, torch.full((4,), 500.0))
+    difference = scheduler.scale_noise(sample, 600.0, noise) - scheduler.scale_noise(sample, 400.0, noise)
+    # the path is a straight line; float32 rounding divided by the 0.2 between the two points
+    torch.testing.assert_close(difference / 0.2, velocity, rtol=1e-5, atol=5e-6)
+
+
+def test_one_step_with_the_exact_velocity_of_a_pair_restores_the_data():
+    """Sign and direction in one: noise, minus (noise - data), is data."""
+    sample, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    for solver in SOLVERS:
+        scheduler = FlowMatchODEScheduler(solver=solver)
+        scheduler.set_timesteps(5)
+        velocity = scheduler.get_velocity(sample, noise, scheduler.timesteps[:1])
+        end, _ = run(scheduler, noise, lambda *_, velocity=velocity: velocity)
+        torch.testing.assert_close(end, sample, rtol=1e-5, atol=1e-5)
+
+
+# The habits of diffusers' own scheduler tests
+
+
+def test_public_attributes():
+    scheduler = FlowMatchODEScheduler()
+    assert scheduler.init_noise_sigma == 1.0
+    assert scheduler.order == FlowMatchODEScheduler.order == 1
+    assert scheduler.step_index is None and scheduler.begin_index is None
+    sample = randn(*SHAPE)
+    assert scheduler.scale_model_input(sample, 1.0) is sample and scheduler.scale_model_input(sample) is sample
+    assert scheduler.has_compatibles
+    assert all(
+        parameter.default is not inspect.Parameter.empty
+        for name, parameter in inspect.signature(FlowMatchODEScheduler.__init__).parameters.items()
+        if name != "self"
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_save_and_load(solver, tmp_path):
+    config = {"solver": solver, "shift": 2.5, "num_train_timesteps": 500}
+    scheduler = FlowMatchODEScheduler(**config)
+    scheduler.save_pretrained(tmp_path)
+    with logged_warnings() as warnings:
+        loaded = FlowMatchODEScheduler.from_pretrained(tmp_path)
+    assert warnings == []
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == "FlowMatchODEScheduler"
+    assert {name: saved[name] for name in config} == config
+
+    loaded.set_timesteps(5)
+    scheduler.set_timesteps(5)
+    assert torch.equal(loaded.timesteps, scheduler.timesteps)
+    assert torch.equal(run(loaded, randn(*SHAPE))[0], run(scheduler, randn(*SHAPE))[0])
+    assert FlowMatchODEScheduler.from_config(loaded.config).config == loaded.config
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_tuple_is_the_output_class(solver):
+    results = []
+    for return_dict in (True, False):
+        scheduler = FlowMatchODEScheduler(solver=solver)
+        scheduler.set_timesteps(3)
+        sample = randn(*SHAPE)
+        for timestep in scheduler.timesteps:
+            output = scheduler.step(toy_velocity(sample, timestep), timestep, sample, return_dict=return_dict)
+            assert isinstance(output, FlowMatchODESchedulerOutput if return_dict else tuple)
+            sample = output[0]
+        results.append(sample)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(1,), (2, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)])
+def test_step_keeps_the_shape_and_the_inputs(solver, shape):
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(2)
+    sample, velocity = randn(*shape), randn(*shape, seed=1)
+    copies = sample.clone(), velocity.clone()
+    for timestep in scheduler.timesteps:
+        assert scheduler.step(velocity, timestep, sample).prev_sample.shape == shape
+    assert torch.equal(sample, copies[0]) and torch.equal(velocity, copies[1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_step_draws_nothing(solver):
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(3)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.get_rng_state(), generator.get_state()
+    sample = randn(*SHAPE)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(toy_velocity(sample, timestep), timestep, sample, generator=generator).prev_sample
+    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(generator.get_state(), states[1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("calls_before", [1, 2, 3, 5])
+def test_set_timesteps_forgets_the_last_trajectory(solver, calls_before):
+    """Also one that was left between the two stages of a Heun step."""
+    fresh = FlowMatchODEScheduler(solver=solver)
+    fresh.set_timesteps(4)
+    expected, _ = run(fresh, randn(*SHAPE))
+
+    used = FlowMatchODEScheduler(solver=solver)
+    used.set_timesteps(9)
+    used.set_begin_index(0)
+    for timestep in used.timesteps[:calls_before]:
+        used.step(randn(*SHAPE, seed=2), timestep, randn(*SHAPE, seed=3))
+    assert used.step_index == calls_before
+    used.set_timesteps(4)
+    assert used.step_index is None and used.begin_index is None
+    assert torch.equal(run(used, randn(*SHAPE))[0], expected)
+
+
+def test_batch_rows_are_independent():
+    for solver in SOLVERS:
+        scheduler = FlowMatchODEScheduler(solver=solver)
+        scheduler.set_timesteps(3)
+        batch, _ = run(scheduler, randn(*SHAPE))
+        scheduler.set_timesteps(3)
+        row, _ = run(scheduler, randn(*SHAPE)[1:2])
+        assert torch.equal(batch[1:2], row)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rounded_or_integer_timesteps_find_their_place(solver):
+    """A pipeline in bfloat16 may hand back the timesteps as bfloat16; whole ones arrive as integers."""
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(8)
+    for index in range(0, len(scheduler.timesteps), scheduler.order):
+        timestep = scheduler.timesteps[index]
+        for form in (timestep, timestep.bfloat16(), timestep.double(), timestep.item(), timestep.reshape(1)):
+            assert scheduler.index_for_timestep(form) == index
+        assert scheduler.index_for_timestep(timestep.item(), scheduler.timesteps) == index
+    assert scheduler.index_for_timestep(1000) == 0
+    assert scheduler.index_for_timestep(torch.tensor(500)) == 4 * scheduler.order
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"solver": "rk4"}, r"`solver`='rk4' is unknown. Use one of 'euler', 'heun'"),
+        ({"path": "gvp"}, r"`path`='gvp' is unknown. Use one of 'linear'"),
+        ({"time_shift_type": "cosine"}, r"`time_shift_type`='cosine' is unknown"),
+        ({"num_train_timesteps": 0}, r"`num_train_timesteps`=0 must be at least 1"),
+        ({"shift": 0}, r"`shift`=0 must be above 0"),
+        ({"shift": -1.0}, r"`shift`=-1.0 must be above 0"),
+        ({"shift": float("nan")}, r"`shift`=nan must be above 0"),
+    ],
+)
+def test_wrong_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatchODEScheduler(**config)
+
+
+def test_wrong_shift_later():
+    scheduler = FlowMatchODEScheduler(shift=2.0)
+    with pytest.raises(ValueError, match="`shift`=0 must be above 0"):
+        scheduler.set_shift(0)
+    assert scheduler.shift == 2.0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, r"`num_inference_steps`=None must be a whole number"),
+        ({"num_inference_steps": 2.5}, r"`num_inference_steps`=2.5 must be a whole number"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps`=0 must be at least 1"),
+        ({"num_inference_steps": -3}, r"`num_inference_steps`=-3 must be at least 1"),
+        ({"sigmas": [1.0], "timesteps": [1000.0]}, r"`sigmas` and `timesteps` both define the grid"),
+        ({"sigmas": []}, r"`sigmas` must be a list with at least one entry, but has shape \(0,\)"),
+        ({"sigmas": [[1.0, 0.5]]}, r"`sigmas` must be a list .* shape \(1, 2\)"),
+        ({"sigmas": 1.0}, r"`sigmas` must be a list .* shape \(\)"),
+        ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, r"`sigmas` has 2 entries, but `num_inference_steps` is 3"),
+        ({"timesteps": [900.0], "num_inference_steps": 3}, r"`timesteps` has 1 entries"),
+        ({"sigmas": [1.0, 0.5, 0.0]}, r"`sigmas` must fall strictly from at most 1 to above 0 \(the final 0 is app"),
+        ({"sigmas": [0.2, 0.5]}, r"`sigmas` must fall strictly"),
+        ({"sigmas": [0.5, 0.5]}, r"`sigmas` must fall strictly"),
+        ({"sigmas": [1.5, 0.5]}, r"`sigmas` must fall strictly from at most 1"),
+        ({"sigmas": [float("nan")]}, r"`sigmas` must fall strictly"),
+        ({"timesteps": [1001.0, 1.0]}, r"`timesteps` must fall strictly from at most 1000"),
+    ],
+)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_wrong_grid(arguments, message, solver):
+    with pytest.raises(ValueError, match=message):
+        FlowMatchODEScheduler(solver=solver).set_timesteps(**arguments)
+
+
+def test_wrong_mu():
+    scheduler = FlowMatchODEScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="`mu` must be given where `use_dynamic_shifting`"):
+        scheduler.set_timesteps(4)
+    linear = FlowMatchODEScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    for mu in (0.0, -0.5):
+        with pytest.raises(ValueError, match=f"`mu`={mu} must be above 0"):
+            linear.set_timesteps(4, mu=mu)
+
+
+def test_wrong_noise_timestep():
+    sample = randn(*SHAPE)
+    for timestep in (torch.zeros(3), torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match=r"`timestep` must be one time or one per sample, shape \(4,\)"):
+            FlowMatchODEScheduler().scale_noise(sample, timestep, sample)
+
+
+def test_step_before_set_timesteps():
+    sample = randn(*SHAPE)
+    with pytest.raises(ValueError, match="Call `set_timesteps` before `step`"):
+        FlowMatchODEScheduler().step(sample, 1000.0, sample)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_step_after_the_last_call(solver):
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(3)
+    sample, calls = run(scheduler, randn(*SHAPE))
+    with pytest.raises(ValueError, match=f"All {calls} calls of this trajectory are done"):
+        scheduler.step(sample, 1.0, sample)
+
+
+@pytest.mark.parametrize("timestep", [0, 3, 0.0, 700.0, 1200.0, float("nan")])
+def test_step_off_the_grid(timestep):
+    """Also the index of a loop (0, 1, 2, ...) in the place of the timestep."""
+    scheduler = FlowMatchODEScheduler()
+    scheduler.set_timesteps(4)
+    sample = randn(*SHAPE)
+    with pytest.raises(ValueError, match=rf"`timestep`={float(timestep)} is not on the grid \[1000.0, 750.0"):
+        scheduler.step(sample, timestep, sample)
+
+
+def test_heun_cannot_begin_inside_a_step():
+    scheduler = FlowMatchODEScheduler(solver="heun")
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(1)
+    sample = randn(*SHAPE)
+    with pytest.raises(ValueError, match="cannot begin at index 1, inside a step: .* multiple of `order`=2"):
+        scheduler.step(sample, scheduler.timesteps[1], sample)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_karras_sigmas": True},
+        {"invert_sigmas": True},
+        {"shift_terminal": 0.1},
+        {"stochastic_sampling": True},
+    ],
+)
+def test_a_config_that_asks_for_more_is_refused(setting):
+    config = FlowMatchEulerDiscreteScheduler(**setting).config
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"sets `{name}`, which FlowMatchODEScheduler does not have"):
+        FlowMatchODEScheduler.from_config(config).set_timesteps(4)
+    scheduler = FlowMatchODEScheduler.from_config({**config, name: None})
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+
+
+def test_begin_index_below_zero():
+    with pytest.raises(ValueError, match="`begin_index`=-1 must be an index into `timesteps`"):
+        FlowMatchODEScheduler().set_begin_index(-1)
