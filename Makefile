@@ -10,6 +10,9 @@ PY := $(VENV)/bin/python
 PIP := -m pip install -qq --no-compile
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
+# Threads that wait sleep instead of spinning: beside another busy process, PyTorch is otherwise many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-slow test-floor style quality bench wheel-check clean

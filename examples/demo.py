@@ -119,9 +119,12 @@ def main(output_dir: Path) -> None:
     output_dir.mkdir(parents=True)
     model_dir, samples = output_dir / "model", output_dir / "samples.npz"
 
-    print(f"1. Training a U-Net on 1,797 real digits of 8x8 pixels ({TRAINING_ARGUMENTS['max_train_steps']} steps).")
+    print(
+        f"1. Training a U-Net on 1,797 real digits of 8x8 pixels ({TRAINING_ARGUMENTS['max_train_steps']} steps).",
+        flush=True,
+    )
     train(model_dir)
-    print("2. Drawing digits with the saved pipeline, in a fresh process.")
+    print("2. Drawing digits with the saved pipeline, in a fresh process.", flush=True)
     subprocess.run([sys.executable, __file__, "--draw", str(model_dir), str(samples)], check=True)
 
     print("3. Reading what was drawn.")

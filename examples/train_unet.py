@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.utils import make_image_grid
 
 from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline
-from diffusers_dyna.hub import publish
+from diffusers_dyna.hub import check_can_publish, publish
 from diffusers_dyna.training import arguments, checkpoints, data, loop, objectives
 from diffusers_dyna.training.randomness import keyed_randn, keyed_seed, keyed_uniform
 
@@ -79,6 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         arguments.check_arguments(args)
+        # One process asks for all: the Hub limits how often a token may be checked.
+        if args.push_to_hub and os.environ.get("RANK", "0") == "0":
+            check_can_publish(args.hub_model_id or Path(args.output_dir).name)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return args

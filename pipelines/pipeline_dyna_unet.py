@@ -186,7 +186,21 @@ class DynaUNetPipeline(DiffusionPipeline):
         The noise that a trajectory starts from, in float32 whatever the dtype of the U-Net: the state is kept in full
         precision, and rounding does not add up over the steps.
 
-        With a list of generators, an image depends on its own generator only and not on the batch it is in.
+        Args:
+            batch_size (`int`): number of images.
+            height (`int`): in pixels.
+            width (`int`): in pixels.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                With a list, an image depends on its own generator only and not on the batch it is in.
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
+                Standard normal noise to use instead of drawing it.
+            device (`torch.device`): where the U-Net runs.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, in_channels, height, width)`, float32, scaled for the scheduler.
+
+        Raises:
+            `ValueError`: on a list of generators or on latents that do not fit the batch.
         """
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if isinstance(generator, list) and len(generator) != batch_size:

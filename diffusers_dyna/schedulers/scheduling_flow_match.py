@@ -284,6 +284,13 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         """
         The index into `timesteps` at which a trajectory that starts at `timestep` begins.
 
+        Args:
+            timestep (`float` or `torch.Tensor` of shape `()`): in [0, num_train_timesteps].
+            schedule_timesteps (`torch.Tensor` of shape `(num_calls,)`, *optional*): a grid instead of `timesteps`.
+
+        Returns:
+            `int`: the index of a first stage.
+
         Raises:
             `ValueError`: if no entry of the grid is within 0.4 %, twice what rounding to bfloat16 moves it.
         """

@@ -3,12 +3,10 @@
 
 import argparse
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
 
-from ..hub import check_can_publish
 from .data import BUILT_IN_DATASETS
 from .objectives import OBJECTIVES, TIME_SAMPLINGS
 
@@ -245,6 +243,3 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("`--dataset_name` needs the `datasets` library: `pip install datasets`.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("`--mixed_precision fp16` needs a GPU. On a CPU use bf16 or no.")
-    # One process asks for all: the Hub limits how often a token may be checked.
-    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
-        check_can_publish(args.hub_model_id or Path(args.output_dir).name)

@@ -225,7 +225,7 @@ def write_json(path: str | Path, value) -> None:
 
     Args:
         path (`str` or `Path`): the file.
-        value: what to write.
+        value (`Any`): any JSON value.
     """
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

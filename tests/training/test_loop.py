@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib.metadata
 import json
 import math
 import os
@@ -109,7 +110,7 @@ def test_resume_lists_every_difference():
 def test_environment_and_json(tmp_path):
     environment = describe_environment(tmp_path)
     assert environment["commit"] is None  # no git repository
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == importlib.metadata.version("torch")
     write_json(tmp_path / "facts.json", environment)
     assert json.loads((tmp_path / "facts.json").read_text()) == environment
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
