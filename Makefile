@@ -10,8 +10,8 @@ PY := $(VENV)/bin/python
 PIP := -m pip install -qq --no-compile
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
-# Threads that wait sleep instead of spinning: beside another busy process, PyTorch is otherwise many times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait spin for a short while only: beside another busy process, PyTorch is otherwise many times slower.
+export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -51,8 +51,8 @@ bench: $(VENV)/.demo ## Measure the speed of the models
 wheel-check: $(VENV)/.dev ## Build sdist and wheel, import every module from the installed wheel
 	$(PY) tools/check_wheel.py
 
-clean: ## Remove the environments, caches, builds and outputs
-	rm -rf $(VENV) $(VENV_FLOOR) build dist outputs *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove the environments, caches and builds; outputs/ stays
+	rm -rf $(VENV) $(VENV_FLOOR) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Each file stands for what is installed; a change of the requirements installs again.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flow-matching schedulers, a U-Net and dynamic diffusion transformers for Hugging Face diffusers."""
 
+import importlib
+
 import diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers reads these off this module when it loads
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -12,6 +14,12 @@ from .schedulers import FlowMatchODEScheduler
 
 __version__ = "0.1.0.dev0"
 __all__ = ["DynaUNet2DModel", "DynaUNetPipeline", "FlowMatchODEScheduler"]
+
+
+def __getattr__(name: str):
+    if name == "hub":  # read when it is asked for: drawing images does not need it
+        return importlib.import_module(f"{__name__}.hub")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _register_with_diffusers() -> None:

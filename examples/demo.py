@@ -115,9 +115,10 @@ def draw_grid(images: np.ndarray, labels: np.ndarray) -> PIL.Image.Image:
 
 def main(output_dir: Path) -> None:
     start = time.monotonic()
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     model_dir, samples = output_dir / "model", output_dir / "samples.npz"
+    if (model_dir / "args.json").exists():  # of an earlier demo; nothing else is ever removed
+        shutil.rmtree(model_dir)
 
     print(
         f"1. Training a U-Net on 1,797 real digits of 8x8 pixels ({TRAINING_ARGUMENTS['max_train_steps']} steps).",

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.utils import make_image_grid
 
 from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline
@@ -71,7 +71,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--class_dropout_prob",
         type=float,
-        default=0.1,
         help="Share of labels dropped, for guidance; in [0, 1]. Default: 0.1, and 0 without classes.",
     )
     arguments.add_objective_arguments(parser)
@@ -101,12 +100,15 @@ def make_unet(args: argparse.Namespace, source: data.ImageSource, resolution: in
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     num_classes = len(source.id2label) if source.id2label is not None else None
     if args.pretrained_model_name_or_path is None:
+        if args.class_dropout_prob is not None:
+            given["class_dropout_prob"] = args.class_dropout_prob
+        elif num_classes is not None:
+            given["class_dropout_prob"] = 0.1
         return DynaUNet2DModel(
             sample_size=resolution,
             in_channels=source.channels,
             out_channels=source.channels,
             num_classes=num_classes,
-            class_dropout_prob=args.class_dropout_prob if num_classes is not None else 0.0,
             **given,
         )
     if given:
@@ -116,11 +118,13 @@ def make_unet(args: argparse.Namespace, source: data.ImageSource, resolution: in
     path = Path(args.pretrained_model_name_or_path)
     subfolder = "unet" if (path / "unet").is_dir() or not path.is_dir() else None
     unet = DynaUNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder)
-    for name, expected in (("in_channels", source.channels), ("num_classes", num_classes)):
-        if unet.config[name] != expected:
+    expected = {"sample_size": resolution, "in_channels": source.channels, "num_classes": num_classes}
+    if args.class_dropout_prob is not None:
+        expected["class_dropout_prob"] = args.class_dropout_prob
+    for name, value in expected.items():
+        if unet.config[name] != value:
             raise ValueError(
-                f"`--pretrained_model_name_or_path` {path} has `{name}`={unet.config[name]}, but {source.name} needs "
-                f"{expected}."
+                f"`--pretrained_model_name_or_path` {path} has `{name}`={unet.config[name]}, but this run needs {value}."
             )
     return unet
 
@@ -154,7 +158,6 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
 
     # 1. Everything that can be wrong is found before anything is written
-    checkpoint = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
     tracker = args.report_to or loop.default_tracker()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -163,7 +166,16 @@ def main(args: argparse.Namespace) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"This script saves a model that is whole on every process, but was launched with "
+            f"{accelerator.distributed_type.value}. Launch it on one device or data-parallel (`--multi_gpu`)."
+        )
     is_main = accelerator.is_main_process
+    if is_main:
+        checkpoints.sweep_partial_folders(output_dir)
+    accelerator.wait_for_everyone()
+    checkpoint = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
     # The default convolution algorithms of cuDNN add up gradients in a changing order.
     torch.backends.cudnn.deterministic = True
 
@@ -177,6 +189,8 @@ def main(args: argparse.Namespace) -> None:
     identity |= {
         "data_fingerprint": source.fingerprint(),
         "mixed_precision": accelerator.mixed_precision,
+        # The other schedules depend on where they end.
+        "max_train_steps": None if args.lr_scheduler.startswith("constant") else args.max_train_steps,
         "resolution": resolution,
         "total_batch_size": total_batch_size,
     }
@@ -192,6 +206,10 @@ def main(args: argparse.Namespace) -> None:
     }
     if checkpoint is not None:
         state = json.loads((checkpoint / "training_state.json").read_text())
+        if state["step"] > args.max_train_steps:
+            raise ValueError(
+                f"`--max_train_steps` {args.max_train_steps} is below the {state['step']} steps of {checkpoint.name}."
+            )
         loop.check_resume(state["identity"], identity)
 
     # 2. Model, optimizer, averages
@@ -263,7 +281,6 @@ def main(args: argparse.Namespace) -> None:
     # 4. Output
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints.sweep_partial_folders(output_dir)
         loop.write_json(output_dir / "args.json", vars(args))
         log = loop.TrainingLog(output_dir / "training_log.jsonl", state["step"])
     accelerator.init_trackers("train_unet", {name: str(value) for name, value in vars(args).items()})
@@ -293,6 +310,8 @@ def main(args: argparse.Namespace) -> None:
         )
 
         def write(folder: Path) -> None:
+            # A checkpoint is between two optimizer steps: a run that goes on may have other micro-steps.
+            accelerator.step = 0
             accelerator.save_state(str(folder))
             if is_main:
                 if ema is not None:
@@ -373,7 +392,7 @@ def main(args: argparse.Namespace) -> None:
         ).tolist()
         seconds = time.monotonic() - step_start
         train_seconds = first_seconds + time.monotonic() - start
-        state["last_loss"] = mean_loss
+        state["last_loss"] = mean_loss if math.isfinite(mean_loss) else None
         values = {
             "loss": mean_loss,
             "lr": learning_rate_at(step - 1),

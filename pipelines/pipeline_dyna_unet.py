@@ -104,6 +104,9 @@ class DynaUNetPipeline(DiffusionPipeline):
         label_ids = []
         for entry in label if isinstance(label, (list, tuple)) else [label]:
             if isinstance(entry, str):
+                exact = [class_label for class_label, names in (self.id2label or {}).items() if names == entry]
+                if len(exact) == 1:  # another class may have the same word among its names
+                    labels_by_name[entry] = exact
                 if entry not in labels_by_name:
                     known = ", ".join(map(repr, self.id2label.values())) if self.id2label else "none (no `id2label`)"
                     raise ValueError(f"`class_labels` has the unknown class name {entry!r}. Known names: {known}.")
@@ -306,6 +309,8 @@ class DynaUNetPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
+        generator = list(generator) if isinstance(generator, tuple) else generator
         self._guidance_scale = guidance_scale
         self._interrupt = False
         self._current_timestep = None
@@ -363,7 +368,7 @@ class DynaUNetPipeline(DiffusionPipeline):
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
+                    latents = (callback_outputs or {}).pop("latents", latents)
 
                 if i == len(timesteps) - 1 or (i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()

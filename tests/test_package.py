@@ -119,6 +119,7 @@ def test_fresh_process_is_silent_and_loads_what_was_saved(tmp_path):
         "pipe = DiffusionPipeline.from_pretrained('pipe')\n"
         "assert type(pipe) is diffusers_dyna.DynaUNetPipeline and pipe.id2label == {0: 'cat'}\n"
         "assert type(pipe.unet) is diffusers_dyna.DynaUNet2DModel\n"
+        "assert 'diffusers_dyna.hub' not in sys.modules and callable(diffusers_dyna.hub.publish)\n"
     )
     result = run_python(code, tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

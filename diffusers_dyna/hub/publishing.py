@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .model_card import PipelineFolder, create_model_card, gather_facts, read_pipeline_folder
@@ -88,6 +88,8 @@ def check_can_publish(repo_id: str, token: str | None = None) -> str:
         if error.response is not None and error.response.status_code == 401:
             raise ValueError(f"The Hub does not accept the access token. {LOGIN_ADVICE} to a valid token.") from error
         raise
+    except OfflineModeIsEnabled as error:
+        raise ValueError(f"Publishing `{repo_id}` needs the Hub, but `HF_HUB_OFFLINE` is set.") from error
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(
             f"Publishing `{repo_id}` on the Hub needs an access token with the right to write, but this one may only "

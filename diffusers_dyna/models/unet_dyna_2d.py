@@ -150,8 +150,8 @@ class DynaUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
     matching, [arXiv 2210.02747](https://huggingface.co/papers/2210.02747)) with the shape of its input, unconditional
     or conditioned on a class.
 
-    With no argument it is the reference configuration for CIFAR-10: 3 x 32 x 32, three levels of 64, 128 and 256
-    channels, attention at 8 x 8. Parameter names are those of [`diffusers.UNet2DModel`].
+    With no argument it is the reference configuration for CIFAR-10, unconditional: 3 x 32 x 32, three levels of 64, 128
+    and 256 channels, attention at 8 x 8. `num_classes=10` adds the classes. Parameter names are those of [`diffusers.UNet2DModel`].
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to `32`):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
 from .data import BUILT_IN_DATASETS
 from .objectives import OBJECTIVES, TIME_SAMPLINGS
 
@@ -102,7 +104,10 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--logit_std", type=float, default=1.0, help="Standard deviation of the logit. Default: 1.")
     group.add_argument("--ddpm_num_steps", type=int, default=1000, help="Steps of --objective epsilon. Default: 1000.")
     group.add_argument(
-        "--ddpm_beta_schedule", default="linear", help="beta_schedule of DDPMScheduler. Default: linear."
+        "--ddpm_beta_schedule",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        default="linear",
+        help="beta_schedule of DDPMScheduler. Default: linear.",
     )
 
 
@@ -228,6 +233,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"`--ema_decay` {args.ema_decay} must be in [0, 1).")
 
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"`--output_dir` {args.output_dir} is a file. Give a folder, which need not exist.")
+    if args.report_to not in (None, "none"):
+        known = sorted(str(tracker) for tracker in LOGGER_TYPE_TO_CLASS)
+        if args.report_to not in known:
+            raise ValueError(f"`--report_to` {args.report_to} is unknown. Use none or one of {', '.join(known)}.")
+        if args.report_to not in [str(tracker) for tracker in get_available_trackers()]:
+            raise ValueError(f"`--report_to` {args.report_to} is not installed: `pip install {args.report_to}`.")
     sources = [name for name in ("dataset", "train_data_dir", "dataset_name") if getattr(args, name) is not None]
     if len(sources) > 1:
         raise ValueError(f"{' and '.join(f'`--{name}`' for name in sources)} each name the data. Give one of them.")

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 PARTIAL_PREFIX = ".partial-"
 REPLACED_PREFIX = f"{PARTIAL_PREFIX}replaced-"
+STATE_NAME = "training_state.json"  # every complete checkpoint has it
 CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
@@ -29,7 +30,11 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     Returns:
         `list[Path]`: the complete checkpoints, in the order of their steps.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_PATTERN.fullmatch(path.name)]
+    folders = [
+        path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if CHECKPOINT_PATTERN.fullmatch(path.name) and (path / STATE_NAME).is_file()
+    ]
     return sorted(folders, key=checkpoint_step)
 
 
@@ -57,21 +62,27 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         `Path`, or `None` for a new run.
 
     Raises:
-        `ValueError`: if the named one does not exist, or if a new run would write into a folder that holds one.
+        `ValueError`: if the named one does not exist, is not complete or is older than others beside it, and if a new
+            run would write into a folder that holds one.
     """
     checkpoints = list_checkpoints(output_dir)
-    if resume_from_checkpoint is None:
+    if resume_from_checkpoint is None or (resume_from_checkpoint == "latest" and not checkpoints):
         if checkpoints or (Path(output_dir) / "model_index.json").exists():
             raise ValueError(
                 f"`--output_dir` {output_dir} already holds a run"
-                + (f" ({checkpoints[-1].name})" if checkpoints else " (a saved pipeline)")
-                + ". Continue it with `--resume_from_checkpoint latest`, or give another `--output_dir`."
+                + (f" ({checkpoints[-1].name})" if checkpoints else " (a saved pipeline without checkpoints)")
+                + ". Continue from a checkpoint with `--resume_from_checkpoint latest`, or give another `--output_dir`."
             )
         return None
     if resume_from_checkpoint == "latest":
-        return checkpoints[-1] if checkpoints else None
+        return checkpoints[-1]
     for candidate in (Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)):
-        if CHECKPOINT_PATTERN.fullmatch(candidate.name) and candidate.is_dir():
+        if CHECKPOINT_PATTERN.fullmatch(candidate.name) and (candidate / STATE_NAME).is_file():
+            if candidate.parent.resolve() == Path(output_dir).resolve() and candidate.name != checkpoints[-1].name:
+                raise ValueError(
+                    f"`--resume_from_checkpoint` {resume_from_checkpoint} would write over {checkpoints[-1].name}, which "
+                    "is newer. Move the newer ones away, or give another `--output_dir` and the path of this one."
+                )
             return candidate
     found = ", ".join(path.name for path in checkpoints) or "no checkpoint"
     raise ValueError(
@@ -133,7 +144,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         commit_folder(partial, final)
         if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
+            others = [path for path in list_checkpoints(output_dir) if path != final]
+            for old in others[: max(0, len(others) + 1 - total_limit)]:
                 discarded = output_dir / f"{PARTIAL_PREFIX}discarded-{old.name}"
                 _remove(discarded)
                 old.rename(discarded)  # a kill during the deletion leaves no folder that looks complete

@@ -10,6 +10,7 @@ reading what came before, and any split of B over processes and accumulation see
 import gzip
 import hashlib
 import io
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,21 @@ from .randomness import keyed_generator
 
 logger = logging.get_logger(__name__)
 
-IMAGE_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_EXTENSIONS = {
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 BUILT_IN_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_NAMES = (
     "T-shirt/top",
@@ -177,11 +192,19 @@ class ImageFolderSource(ImageSource):
         if not folder.is_dir():
             raise ValueError(f"`--train_data_dir` {folder} is not a folder.")
         self.name, self.folder = folder.resolve().name, folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+        visible = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        self.paths = [path for path in visible if path.suffix.lower() in IMAGE_EXTENSIONS]
+        others = [path.name for path in visible if path.suffix.lower() not in IMAGE_EXTENSIONS]
         if not self.paths:
             raise ValueError(
                 f"`--train_data_dir` {folder} has no image ({', '.join(sorted(IMAGE_EXTENSIONS))}) in it or below it."
             )
+        if others:
+            logger.warning(f"{folder} has {len(others)} files that are no images by their name, such as {others[0]}.")
         self.num_images = len(self.paths)
         if not with_classes:
             return
@@ -202,7 +225,7 @@ class ImageFolderSource(ImageSource):
 
     def read(self, index: int) -> PIL.Image.Image:
         with PIL.Image.open(self.paths[index]) as image:
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
 
     def describe(self, index: int) -> str:
         return str(self.paths[index])
@@ -210,6 +233,25 @@ class ImageFolderSource(ImageSource):
     def fingerprint(self) -> str:
         names = "\n".join(path.relative_to(self.folder).as_posix() for path in self.paths)
         return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """
+    Args:
+        image (`PIL.Image.Image`): any mode; one of 16 bits is scaled to 8, where Pillow would cut it off at 255.
+
+    Returns:
+        `PIL.Image.Image` in mode RGB, turned as its EXIF data says.
+
+    Raises:
+        `ValueError`: on an image of floats, whose range nothing tells.
+    """
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("images of floats have no known range")
+    if image.mode.startswith("I"):  # I;16, or I for the same in older versions of Pillow
+        image = PIL.Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class HubDatasetSource(ImageSource):
@@ -281,7 +323,7 @@ class HubDatasetSource(ImageSource):
         elif not isinstance(value, (str, Path, PIL.Image.Image)):
             value = PIL.Image.fromarray(np.asarray(value, dtype=np.uint8))
         image = value if isinstance(value, PIL.Image.Image) else PIL.Image.open(value)
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        return to_rgb(image)
 
     def read(self, index: int) -> PIL.Image.Image:
         return self.decode(self.dataset[int(index)][self.image_column])
@@ -456,8 +498,15 @@ def make_dataloader(
         batch_sampler=sampler,
         collate_fn=collate_examples,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_signals_to_the_main_process(worker_id: int) -> None:
+    # Ctrl-C reaches the whole process group. A worker that died of it would take the run with it before it can save.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StreamingLoader:

@@ -151,7 +151,10 @@ class TrainingLog:
         self._file = path.open("a", buffering=1)
 
     def write(self, **values) -> None:
-        """Appends a line."""
+        """Appends a line. A value that is not finite becomes null: JSON has no word for it."""
+        values = {
+            name: None if value is not None and not math.isfinite(value) else value for name, value in values.items()
+        }
         self._file.write(json.dumps(values) + "\n")
 
 

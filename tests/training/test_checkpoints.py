@@ -16,8 +16,14 @@ from diffusers_dyna.training.checkpoints import (
 def write(text):
     def write_folder(folder):
         (folder / "weights.bin").write_text(text)
+        (folder / "training_state.json").write_text("{}")
 
     return write_folder
+
+
+def make_checkpoint(folder):
+    folder.mkdir()
+    write(folder.name)(folder)
 
 
 def names(folder):
@@ -26,11 +32,15 @@ def names(folder):
 
 def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path):
     for name in ("checkpoint-1000", "checkpoint-200", "checkpoint-30", "checkpoint-x", ".partial-checkpoint-2000"):
-        (tmp_path / name).mkdir()
+        make_checkpoint(tmp_path / name)
+    (tmp_path / "checkpoint-4000").mkdir()  # not complete
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-1000"
-    assert find_checkpoint(tmp_path, "checkpoint-30") == tmp_path / "checkpoint-30"
-    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-200")) == tmp_path / "checkpoint-200"
+    assert find_checkpoint(tmp_path, "checkpoint-1000") == tmp_path / "checkpoint-1000"
+    assert find_checkpoint(tmp_path / "other", str(tmp_path / "checkpoint-200")) == tmp_path / "checkpoint-200"
+    for name in ("checkpoint-30", str(tmp_path / "checkpoint-200")):
+        with pytest.raises(ValueError, match="would write over checkpoint-1000, which is newer"):
+            find_checkpoint(tmp_path, name)
 
 
 def test_where_a_run_starts(tmp_path):
@@ -38,15 +48,16 @@ def test_where_a_run_starts(tmp_path):
     assert find_checkpoint(tmp_path / "missing", "latest") is None
     with pytest.raises(ValueError, match="checkpoint-7 is not a checkpoint folder; .* has no checkpoint"):
         find_checkpoint(tmp_path, "checkpoint-7")
-    (tmp_path / "checkpoint-5").mkdir()
+    make_checkpoint(tmp_path / "checkpoint-5")
     with pytest.raises(ValueError, match="checkpoint-7 is not a checkpoint folder; .* has checkpoint-5"):
         find_checkpoint(tmp_path, "checkpoint-7")
     with pytest.raises(ValueError, match=r"already holds a run \(checkpoint-5\).*--resume_from_checkpoint latest"):
         find_checkpoint(tmp_path, None)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"already holds a run \(a saved pipeline\)"):
-        find_checkpoint(tmp_path / "pipeline", None)
+    for resume in (None, "latest"):
+        with pytest.raises(ValueError, match=r"already holds a run \(a saved pipeline without checkpoints\)"):
+            find_checkpoint(tmp_path / "pipeline", resume)
 
 
 def test_the_limit_keeps_the_newest(tmp_path):
@@ -54,6 +65,8 @@ def test_the_limit_keeps_the_newest(tmp_path):
         save_checkpoint(Accelerator(), tmp_path, step, write(str(step)), total_limit=2)
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-1000"]
     assert (tmp_path / "checkpoint-1000" / "weights.bin").read_text() == "1000"
+    save_checkpoint(Accelerator(), tmp_path, 95, write("95"), total_limit=1)
+    assert names(tmp_path) == ["checkpoint-95"]  # never the one that was just written
 
 
 def test_a_failed_save_deletes_nothing_and_is_never_found(tmp_path):

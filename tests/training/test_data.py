@@ -20,8 +20,11 @@ from diffusers_dyna.training.data import (
     load_fashion_mnist,
     make_dataloader,
     open_image_source,
+    to_rgb,
 )
 from diffusers_dyna.training.randomness import keyed_generator
+
+from ..testing_utils import logged_warnings
 
 
 def sample_order(sampler, num_batches):
@@ -162,6 +165,22 @@ class TestImageFolder:
         assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
         assert [source.read(i).getpixel((0, 0)) for i in (0, 5)] == [(0, 0, 255), (255, 0, 0)]
 
+    def test_hidden_folders_and_other_files(self, folder):
+        save_image(folder / ".thumbs" / "0.png", "green")
+        save_image(folder / "cat" / ".old" / "0.png", "green")
+        with logged_warnings() as messages:
+            source = ImageFolderSource(folder)
+        assert len(source) == 6
+        assert messages == [f"{folder} has 1 files that are no images by their name, such as notes.txt."]
+
+    def test_sixteen_bits_are_scaled_and_floats_refused(self, folder):
+        ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+        PIL.Image.fromarray(ramp).save(folder / "ant" / "deeper" / "0.png")
+        pixels = np.asarray(ImageFolderSource(folder).read(0))
+        np.testing.assert_array_equal(pixels[..., 0], np.rint(ramp / 257))
+        with pytest.raises(ValueError, match="images of floats have no known range"):
+            to_rgb(PIL.Image.new("F", (8, 8)))
+
     def test_without_classes(self, folder):
         save_image(folder / "loose.jpg", "green")
         source = ImageFolderSource(folder, with_classes=False)
@@ -179,7 +198,7 @@ class TestImageFolder:
         (folder / "dog").mkdir()
         with pytest.raises(ValueError, match="has class folders with no image: dog"):
             ImageFolderSource(folder)
-        with pytest.raises(ValueError, match=r"dog has no image \(.bmp, .*\) in it or below it"):
+        with pytest.raises(ValueError, match=r"dog has no image \(.avif, .*\) in it or below it"):
             ImageFolderSource(folder / "dog")
         save_image(folder / "loose.jpg", "green")
         with pytest.raises(ValueError, match="in no class folder, such as loose.jpg.*--unconditional"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ class TestResume:
         kill_when(process, lambda: condition(output_dir))
         time.sleep(delay)
         process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0)
+        assert process.wait() == -signal.SIGKILL
         run(output_dir, resume_from_checkpoint="latest", **options)
 
     def test_killed_after_a_checkpoint(self, whole_run, tmp_path):
@@ -233,6 +234,34 @@ class TestResume:
         run(output_dir, resume_from_checkpoint="latest", **options)
         assert_same_run(whole_run, output_dir, 40)
 
+    @pytest.mark.parametrize("splits", [(1, 4), (4, 1)])
+    def test_accumulation_may_change(self, run_here, tmp_path, splits):
+        options = {"num_validation_images": 0, "dropout": 0.0, "lr_scheduler": "constant"}
+        run_here(tmp_path / "whole", max_train_steps=6, **options)
+        for max_train_steps, accumulation in zip((3, 6), splits, strict=True):
+            run_here(
+                tmp_path / "parts",
+                max_train_steps=max_train_steps,
+                gradient_accumulation_steps=accumulation,
+                train_batch_size=16 // accumulation,
+                resume_from_checkpoint="latest",
+                **options,
+            )
+        for name in ("loss", "grad_norm"):
+            values = [[line[name] for line in read_log(tmp_path / run)] for run in ("whole", "parts")]
+            np.testing.assert_allclose(*values, rtol=1e-4)
+
+    def test_an_interrupt_with_workers_saves_first(self, tmp_path):
+        """Ctrl-C goes to the whole process group, workers included."""
+        output_dir = tmp_path / "run"
+        words = command(output_dir, max_train_steps=10000, dataloader_num_workers=2, num_validation_images=0)
+        process = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+        log = output_dir / "training_log.jsonl"
+        kill_when(process, lambda: log.exists() and log.read_text().count("\n") >= 3)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
+        assert len(list(output_dir.glob("checkpoint-*"))) == 1
+
     def test_latest_without_a_checkpoint_starts_afresh(self, run_here, tmp_path):
         run_here(tmp_path / "run", max_train_steps=2, resume_from_checkpoint="latest")
         assert (tmp_path / "run" / "model_index.json").exists()
@@ -240,6 +269,8 @@ class TestResume:
     def test_another_run_is_refused(self, run_here, whole_run):
         with pytest.raises(ValueError, match=r"already holds a run \(checkpoint-40\)"):
             run_here(whole_run, max_train_steps=60)
+        with pytest.raises(ValueError, match="`--max_train_steps` 30 is below the 40 steps of checkpoint-40"):
+            run_here(whole_run, max_train_steps=30, lr_scheduler="constant", resume_from_checkpoint="latest")
         with pytest.raises(ValueError, match="checkpoint-30 is not a checkpoint folder"):
             run_here(whole_run, max_train_steps=60, resume_from_checkpoint="checkpoint-30")
         with pytest.raises(ValueError) as error:
@@ -352,12 +383,36 @@ class TestForms:
         for name in (*architecture, "num_attention_heads", "norm_num_groups", "dropout"):
             monkeypatch.delitem(TINY, name)
         options = {"pretrained_model_name_or_path": whole_run, "max_train_steps": 1, "learning_rate": 1e-12}
-        with pytest.raises(ValueError, match="has `num_classes`=10, but digits needs None"):
+        with pytest.raises(ValueError, match="has `num_classes`=10, but this run needs None"):
             run_here(tmp_path / "run", unconditional=True, **options)
+        with pytest.raises(ValueError, match="has `sample_size`=8, but this run needs 16"):
+            run_here(tmp_path / "run", resolution=16, **options)
+        with pytest.raises(ValueError, match="has `class_dropout_prob`=0.1, but this run needs 0.5"):
+            run_here(tmp_path / "run", class_dropout_prob=0.5, **options)
         run_here(tmp_path / "run", **options)
         name = "unet/diffusion_pytorch_model.safetensors"
         before, after = load_file(whole_run / name), load_file(tmp_path / "run" / name)
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+    def test_a_step_that_is_not_finite_is_skipped(self, script, run_here, tmp_path, monkeypatch):
+        losses = []
+
+        def mse_loss(prediction, target):
+            losses.append(0)
+            return torch.nn.functional.mse_loss(prediction, target) * (float("nan") if len(losses) == 2 else 1.0)
+
+        options = {"num_validation_images": 0, "lr_scheduler": "constant", "checkpointing_steps": 1}
+        monkeypatch.setattr(script, "F", types.SimpleNamespace(mse_loss=mse_loss))
+        run_here(tmp_path / "run", max_train_steps=3, **options)
+        assert [line["nonfinite_steps"] for line in read_log(tmp_path / "run")] == [0, 1, 1]
+        assert read_log(tmp_path / "run")[1]["loss"] is None
+        for name in ("unet", "unet_ema"):
+            first, second, third = (
+                load_file(tmp_path / "run" / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors")
+                for step in (1, 2, 3)
+            )
+            assert all(torch.equal(first[key], second[key]) for key in first)
+            assert not all(torch.equal(second[key], third[key]) for key in first)
 
     def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(self, run_here, tmp_path):
         with pytest.raises(FloatingPointError, match="The gradient was not finite in 3 steps in a row"):
@@ -384,6 +439,10 @@ class TestBadInput:
             (["--ema_decay", "1"], "`--ema_decay` 1.0 must be in [0, 1)"),
             (["--dataset", "fashion-mnist"], "`--dataset fashion-mnist` needs `--data_root`"),
             (["--dataset", "digits", "--dataset_name", "x"], "`--dataset` and `--dataset_name` each name the data"),
+            (["--report_to", "paper"], "`--report_to` paper is unknown. Use none or one of"),
+            (["--report_to", "aim"], "`--report_to` aim is not installed: `pip install aim`"),
+            (["--output_dir", __file__], "is a file. Give a folder"),
+            (["--objective", "epsilon", "--ddpm_beta_schedule", "x"], "argument --ddpm_beta_schedule: invalid choice"),
             (["--streaming"], "`--streaming` is for `--dataset_name`"),
             (["--shuffle_buffer_size", "9"], "`--shuffle_buffer_size` is for `--streaming`"),
             (["--train_data_dir", "missing"], "`--train_data_dir` missing is not a folder"),
