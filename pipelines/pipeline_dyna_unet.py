@@ -104,9 +104,6 @@ class DynaUNetPipeline(DiffusionPipeline):
         label_ids = []
         for entry in label if isinstance(label, (list, tuple)) else [label]:
             if isinstance(entry, str):
-                exact = [class_label for class_label, names in (self.id2label or {}).items() if names == entry]
-                if len(exact) == 1:  # another class may have the same word among its names
-                    labels_by_name[entry] = exact
                 if entry not in labels_by_name:
                     known = ", ".join(map(repr, self.id2label.values())) if self.id2label else "none (no `id2label`)"
                     raise ValueError(f"`class_labels` has the unknown class name {entry!r}. Known names: {known}.")

@@ -681,3 +681,17 @@ def test_grid_that_the_scheduler_cannot_take():
         make_pipeline(DDPMScheduler())(0, sigmas=[1.0, 0.5])
     with pytest.raises(ValueError, match="`sigmas` must fall strictly"):
         make_pipeline()(0, sigmas=[0.5, 1.0])
+
+
+def test_what_callers_may_pass_in_another_form():
+    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler())
+    expected = draw(pipe, [0, 1], generator=generators(0, 1))
+    assert torch.equal(draw(pipe, np.array([0, 1]), generator=tuple(generators(0, 1))), expected)
+    assert torch.equal(draw(pipe, [0, 1], generator=generators(0, 1), num_inference_steps=3.0), expected)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(step)  # and returns nothing
+
+    assert torch.equal(draw(pipe, [0, 1], generator=generators(0, 1), callback_on_step_end=callback), expected)
+    assert seen == [0, 1, 2]
