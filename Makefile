@@ -10,9 +10,6 @@ PY := $(VENV)/bin/python
 PIP := -m pip install -qq --no-compile
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
-# Threads that wait spin for a short while only: beside another busy process, PyTorch is otherwise many times slower.
-export GOMP_SPINCOUNT ?= 2000
-
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-slow test-floor style quality bench wheel-check clean
