@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,9 +59,9 @@ FASHION_MNIST_NAMES = (
 )
 
 
-class ImageSource:
+class ImageSource(ABC):
     """
-    Images with labels, by index. Subclasses set the attributes and implement `read` and `describe`.
+    Images with labels, by index. Subclasses set the attributes and implement `read`.
 
     Attributes:
         name (`str`): what the images are, as a model card would say it.
@@ -82,9 +83,9 @@ class ImageSource:
     def __len__(self) -> int:
         return self.num_images
 
+    @abstractmethod
     def read(self, index: int) -> PIL.Image.Image:
         """The image at `index`, decoded. Raises any `Exception` of its decoder for a bad file."""
-        raise NotImplementedError
 
     def describe(self, index: int) -> str:
         """What to call the image at `index` in a message."""
