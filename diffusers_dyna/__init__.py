@@ -7,13 +7,19 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers reads these off this module when it loads
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .models import DynaUNet2DModel
+from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
 from .pipelines import DynaUNetPipeline
 from .schedulers import FlowMatchODEScheduler
 
 
 __version__ = "0.1.0.dev0"
-__all__ = ["DynaUNet2DModel", "DynaUNetPipeline", "FlowMatchODEScheduler"]
+__all__ = [
+    "DYNA_DIT_CONFIGS",
+    "DynaDiTTransformer2DModel",
+    "DynaUNet2DModel",
+    "DynaUNetPipeline",
+    "FlowMatchODEScheduler",
+]
 
 
 def __getattr__(name: str):
@@ -29,7 +35,7 @@ def _register_with_diffusers() -> None:
     """
     LOADABLE_CLASSES.setdefault(__name__, {})
     for name in __all__:
-        if not hasattr(diffusers, name):
+        if isinstance(globals()[name], type) and not hasattr(diffusers, name):
             setattr(diffusers, name, globals()[name])
 
 

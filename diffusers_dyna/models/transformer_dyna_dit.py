@@ -1,0 +1,1455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A diffusion transformer whose compute follows timestep and token, in one file that also works when copied alone into a
+Hub repository.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
+from diffusers.utils import apply_lora_scale
+
+
+ROUTER_MODES = ("threshold", "capacity")
+QK_NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
+# Divides the logits of the gates wherever a gradient passes them (DyDiT, arXiv 2410.03456, section 3.4).
+GATE_TEMPERATURE = 5.0
+# In capacity mode the keep rate of the tokens is this times a sigmoid, cut at 1: all tokens are within reach of it.
+TOKEN_RATE_SCALE = 1.01
+
+
+def _presets() -> dict[str, dict]:
+    # Table 1 of DiT, arXiv 2212.09748
+    sizes = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+    return {
+        f"DiT-{size}/{patch_size}": {
+            "sample_size": 32,
+            "patch_size": patch_size,
+            "in_channels": 4,
+            "num_layers": num_layers,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+            "num_classes": 1000,
+            "class_dropout_prob": 0.1,
+            "learn_sigma": True,
+        }
+        for size, (num_layers, num_attention_heads, attention_head_dim) in sizes.items()
+        for patch_size in (2, 4, 8)
+    }
+
+
+DYNA_DIT_CONFIGS = _presets()
+
+
+def round_to_nearest(input_size: int, width_mult: float, num_heads: int, min_value: int = 1) -> int:
+    """
+    A width as a whole number of heads.
+
+    Args:
+        input_size (`int`): the full width.
+        width_mult (`float`): share of it to keep, in (0, 1].
+        num_heads (`int`): heads, or channel groups, in the full width.
+        min_value (`int`, defaults to `1`): the least width returned.
+
+    Returns:
+        `int`: `round(num_heads * width_mult) / num_heads * input_size`, at least `min_value`.
+    """
+    return max(int(round(num_heads * width_mult) * input_size / num_heads), min_value)
+
+
+class DynaLinear(nn.Linear):
+    """
+    A Linear whose inputs and outputs can shrink at run time: to a leading part of the groups (`width_mult`), or to any
+    set of groups named in the call. The rows and columns are cut inside `forward`, where the hooks that cast, offload
+    or replace weights have already run.
+
+    Args:
+        in_features (`int`): full width of the input.
+        out_features (`int`): full width of the output.
+        num_heads (`int`): groups that the dynamic sides consist of.
+        bias (`bool`, defaults to `True`): whether a bias is added.
+        dyna_dim (`tuple[bool, bool]`, defaults to `(True, True)`): whether the input and the output shrink.
+    """
+
+    # How many stacked matrices share the rows; every one of them is cut to the same groups.
+    num_stacked = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_heads: int,
+        bias: bool = True,
+        dyna_dim: tuple[bool, bool] = (True, True),
+    ):
+        super().__init__(in_features, out_features, bias)
+        self.num_heads = num_heads
+        self.dyna_dim = dyna_dim
+        self.width_mult = 1.0
+        self._packed_weights = None  # while a trajectory is prepared: the store that the layers of the model share
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        groups: tuple[int, ...] | None = None,
+        low_rank: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            input (`torch.Tensor` of shape `(..., in_width)`):
+                Where the input side is dynamic, only the channels of `groups`, in their order.
+            groups (`tuple[int, ...]`, *optional*):
+                Ascending indices of the groups that take part. `None` is the leading part that `width_mult` names.
+            low_rank (`list[tuple[torch.Tensor, torch.Tensor, float]]`, *optional*):
+                LoRA factors `(A, B, scale)` of the full layer; the weight used is the cut of `weight + scale * B @ A`.
+
+        Returns:
+            `torch.Tensor` of shape `(..., out_width)`.
+        """
+        if groups is None:
+            num_groups = round_to_nearest(self.num_heads, self.width_mult, self.num_heads)
+            groups = tuple(range(num_groups))
+        if len(groups) == self.num_heads and not low_rank:
+            return F.linear(input, self.weight, self.bias)
+        store = self._packed_weights
+        if store is None or torch.is_grad_enabled():
+            return F.linear(input, *self._cut(groups, low_rank or []))
+        return F.linear(input, *store.get(self, groups, low_rank or []))
+
+    def _cut(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of some groups, adapters included."""
+        weight = self._cut_columns(self._cut_rows(self.weight, groups), groups)
+        for down, up, scale in low_rank:
+            update = self._cut_rows(up, groups) @ self._cut_columns(down, groups)
+            weight = weight + (scale * update).to(weight.dtype)
+        return weight, None if self.bias is None else self._cut_rows(self.bias, groups)
+
+    def _cut_rows(self, tensor, groups) -> torch.Tensor:
+        if not self.dyna_dim[1] or len(groups) == self.num_heads:
+            return tensor
+        stacked = rearrange(tensor, "(s g d) ... -> s g d ...", s=self.num_stacked, g=self.num_heads)
+        return rearrange(_take(stacked, groups, dim=1), "s g d ... -> (s g d) ...")
+
+    def _cut_columns(self, tensor, groups) -> torch.Tensor:
+        if not self.dyna_dim[0] or len(groups) == self.num_heads:
+            return tensor
+        grouped = rearrange(tensor, "o (g d) -> o g d", g=self.num_heads)
+        return rearrange(_take(grouped, groups, dim=1), "o g d -> o (g d)")
+
+
+class DynaQKVLinear(DynaLinear):
+    """
+    Query, key and value in one product, each cut to the same heads.
+
+    Args:
+        dim (`int`): width of the input, and of each of the three outputs.
+        num_heads (`int`): attention heads.
+        bias (`bool`, defaults to `True`): whether a bias is added.
+    """
+
+    num_stacked = 3
+
+    def __init__(self, dim: int, num_heads: int, bias: bool = True):
+        super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
+
+
+def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
+    if groups == tuple(range(len(groups))):
+        return tensor.narrow(dim, 0, len(groups))
+    return tensor.index_select(dim, torch.tensor(groups, device=tensor.device))
+
+
+class _PackedWeights:
+    """The cut weights of a prepared trajectory. An entry is used only as long as what it was cut from is the same."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.entries = {}
+
+    def get(self, layer: DynaLinear, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
+        sources = [layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2])]
+        state = (_signature(sources), tuple(scale for *_, scale in low_rank))
+        packed = self.entries.get((id(layer), groups))
+        if packed is not None and packed[0] == state:
+            return packed[1]
+        if packed is not None:
+            self.num_bytes -= _num_bytes(packed[1])
+            del self.entries[id(layer), groups]
+        cut = layer._cut(groups, low_rank)
+        # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
+        if _has_hooks(layer) or self.num_bytes + _num_bytes(cut) > self.max_bytes:
+            return cut
+        cut = tuple(
+            tensor if tensor is None else tensor.clone(memory_format=torch.contiguous_format) for tensor in cut
+        )
+        self.entries[id(layer), groups] = (state, cut)
+        self.num_bytes += _num_bytes(cut)
+        return cut
+
+
+def _num_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _signature(tensors) -> tuple:
+    """Changes when a tensor is replaced, cast, moved, or written in place (not through `.data`)."""
+    return tuple(
+        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+class DynaFloat32Linear(nn.Linear):
+    """A Linear that computes in float32 whatever its weights, its input and autocast say: decisions hang on it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # Block-wise offloading leaves a router behind when the decisions of all blocks are taken at once.
+        weight, bias = self.weight.to(input.device, torch.float32), self.bias.to(input.device, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), weight, bias)
+
+
+class DynaTimestepEmbedding(nn.Module):
+    """
+    Linear, SiLU, Linear on the sinusoidal features of the time: [`~diffusers.models.embeddings.TimestepEmbedding`] in
+    float32.
+
+    Args:
+        in_channels (`int`): sinusoidal features.
+        time_embed_dim (`int`): width of the embedding.
+    """
+
+    def __init__(self, in_channels: int, time_embed_dim: int):
+        super().__init__()
+        self.linear_1 = DynaFloat32Linear(in_channels, time_embed_dim)
+        self.linear_2 = DynaFloat32Linear(time_embed_dim, time_embed_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class DynaPatchEmbed(nn.Module):
+    """
+    Patches to tokens, plus fixed 2-D sin-cos positions. The positions of another size than the native one cover the
+    same range, as in [`~diffusers.models.embeddings.PatchEmbed`]; unlike there, the native size need not be square.
+
+    Args:
+        grid_size (`tuple[int, int]`): rows and columns of patches at the native size.
+        patch_size (`int`): side of a patch.
+        in_channels (`int`): channels of the input.
+        embed_dim (`int`): width of a token.
+    """
+
+    def __init__(self, grid_size: tuple[int, int], patch_size: int, in_channels: int, embed_dim: int):
+        super().__init__()
+        self.grid_size = grid_size
+        self.embed_dim = embed_dim
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.register_buffer("positions", self._make_positions(*grid_size), persistent=False)
+
+    def _make_positions(self, rows: int, columns: int, device=None) -> torch.Tensor:
+        row = torch.arange(rows, device=device, dtype=torch.float32) * (self.grid_size[0] / rows)
+        column = torch.arange(columns, device=device, dtype=torch.float32) * (self.grid_size[1] / columns)
+        grid = torch.stack(torch.meshgrid(column, row, indexing="xy"))  # (2, rows, columns), columns first
+        positions = get_2d_sincos_pos_embed_from_grid(self.embed_dim, grid[:, None], output_type="pt")
+        return positions.float()[None]  # (1, rows * columns, D)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = self.proj(hidden_states)  # (B, D, rows, columns)
+        rows, columns = hidden_states.shape[2:]
+        positions = self.positions
+        if (rows, columns) != self.grid_size:
+            positions = self._make_positions(rows, columns, hidden_states.device)
+        return hidden_states.flatten(2).transpose(1, 2) + positions.to(dtype)  # (B, N, D)
+
+
+class DynaAttnProcessor:
+    """Multi-head self-attention over the tokens, of all heads or of the active ones, through diffusers' backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "DynaAttention",
+        hidden_states: torch.Tensor,
+        head_mask: torch.Tensor | None = None,
+        active_heads: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        qkv = _run_linear(attn.qkv, hidden_states, active_heads)
+        query, key, value = rearrange(qkv, "b n (s h d) -> s b n h d", s=3, d=attn.head_dim)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        ).to(query.dtype)  # (B, N, heads, head_dim)
+        if head_mask is not None:
+            hidden_states = hidden_states * head_mask[:, None, :, None].to(hidden_states.dtype)
+        return _run_linear(attn.to_out[0], hidden_states.flatten(2), active_heads)
+
+
+class DynaAttention(nn.Module, AttentionModuleMixin):
+    """
+    Self-attention whose heads can be masked or left out.
+
+    Args:
+        dim (`int`): width of a token.
+        num_heads (`int`): heads; must divide `dim`.
+        qk_norm (`str`, *optional*): `"layer_norm"` or `"rms_norm"` of the queries and keys of each head.
+    """
+
+    _default_processor_cls = DynaAttnProcessor
+    _available_processors = [DynaAttnProcessor]
+    _supports_qkv_fusion = False  # they are one product already
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: str | None = None):
+        super().__init__()
+        self.heads = num_heads
+        self.head_dim = dim // num_heads
+        self.is_cross_attention = False
+        self.qkv = DynaQKVLinear(dim, num_heads)
+        self.norm_q = QK_NORMS[qk_norm](self.head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = QK_NORMS[qk_norm](self.head_dim, eps=1e-6) if qk_norm else None
+        self.to_out = nn.ModuleList([DynaLinear(dim, dim, num_heads, dyna_dim=(True, False))])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        head_mask: torch.Tensor | None = None,
+        active_heads: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, dim)`): tokens.
+            head_mask (`torch.Tensor` of shape `(batch_size, num_active_heads)`, *optional*):
+                Factors of the heads' outputs.
+            active_heads (`tuple[int, ...]`, *optional*): the only heads that are computed. `None` is all.
+
+        Returns:
+            `torch.Tensor` with the shape of `hidden_states`.
+        """
+        return self.processor(self, hidden_states, head_mask=head_mask, active_heads=active_heads)
+
+
+class DynaMLP(nn.Module):
+    """
+    Linear, GELU (tanh), Linear, whose hidden channels can be masked or left out in groups. Masking acts before the
+    activation; since GELU(0) = 0, leaving a group out is exactly the same.
+
+    Args:
+        dim (`int`): width of a token.
+        hidden_dim (`int`): hidden channels.
+        num_groups (`int`): channel groups; must divide `hidden_dim`.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, num_groups: int):
+        super().__init__()
+        self.fc1 = DynaLinear(dim, hidden_dim, num_groups, dyna_dim=(False, True))
+        self.fc2 = DynaLinear(hidden_dim, dim, num_groups, dyna_dim=(True, False))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        channel_mask: torch.Tensor | None = None,
+        active_groups: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, dim)` or `(num_tokens, dim)`): tokens.
+            channel_mask (`torch.Tensor` of shape `(batch_size, num_active_groups)`, *optional*):
+                Factors of the hidden channels of each group.
+            active_groups (`tuple[int, ...]`, *optional*): the only groups that are computed. `None` is all.
+
+        Returns:
+            `torch.Tensor` with the shape of `hidden_states`.
+        """
+        hidden_states = _run_linear(self.fc1, hidden_states, active_groups)
+        if channel_mask is not None:
+            grouped = hidden_states.unflatten(-1, (channel_mask.shape[1], -1))
+            hidden_states = (grouped * channel_mask[:, None, :, None].to(grouped.dtype)).flatten(2)
+        return _run_linear(self.fc2, F.gelu(hidden_states, approximate="tanh"), active_groups)
+
+
+def _run_linear(layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None) -> torch.Tensor:
+    """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
+    if groups is None:
+        return layer(hidden_states)
+    if isinstance(layer, DynaLinear):
+        return layer(hidden_states, groups)
+    return layer.base_layer(hidden_states, groups, _low_rank_factors(layer))
+
+
+def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
+    """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
+    if not isinstance(getattr(layer, "base_layer", None), DynaLinear) or not hasattr(layer, "lora_A"):
+        return None
+    if layer.merged or layer.disable_adapters:
+        return []
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
+    if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
+        return None
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
+
+
+def _can_cut(layer: nn.Module) -> bool:
+    if not isinstance(layer, DynaLinear):
+        if _low_rank_factors(layer) is None:
+            return False
+        layer = layer.base_layer
+    return type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
+
+
+class DynaTokenSelection(nn.Module):
+    """
+    The score of each token for the MLP: Linear to a sixteenth of the width, ReLU, Linear, in float32.
+
+    Args:
+        dim (`int`): width of a token.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden_dim = max(dim // 16, 1)
+        self.linear_1 = DynaFloat32Linear(dim, hidden_dim)
+        self.linear_2 = DynaFloat32Linear(hidden_dim, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.relu(self.linear_1(hidden_states))).squeeze(-1)  # (B, N)
+
+
+def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """The value of `hard` with the gradient of `soft`."""
+    return hard + (soft - soft.detach()) if soft.requires_grad else hard
+
+
+def _threshold_gates(logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """DyDiT's gates: sigmoid(logit) > 0.5; in training a hard Gumbel-sigmoid with straight-through gradient."""
+    if noise is not None:
+        logits = logits + torch.logit(noise, eps=1e-6)
+    return _straight_through((logits > 0).float(), torch.sigmoid(logits / GATE_TEMPERATURE))
+
+
+def _capacity_gates(logits: torch.Tensor) -> torch.Tensor:
+    """The top k, k = round(sum of p), p = sigmoid(logit / 5); the gradient is that of p."""
+    probability = torch.sigmoid(logits / GATE_TEMPERATURE)
+    count = probability.sum(dim=-1, keepdim=True).round()
+    return _straight_through((_ranks(logits) < count).float(), probability)
+
+
+def _ranks(scores: torch.Tensor) -> torch.Tensor:
+    """0 for the highest score of each row; among equals the first comes first."""
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    """
+    The top round(rate * N) tokens of each image. The gradient is that of sigmoid((score - quantile) / spread), with the
+    quantile at 1 - rate, so it reaches both the scores and the rate.
+    """
+    num_tokens = scores.shape[1]
+    rate = rate.clamp(max=1)
+    hard = (_ranks(scores) < (rate * num_tokens).round()[:, None]).float()
+    if not scores.requires_grad:
+        return hard
+    position = (1 - rate) * (num_tokens - 1)
+    below = position.detach().floor().long()
+    above = (below + 1).clamp(max=num_tokens - 1)
+    ascending = scores.sort(dim=1).values
+    low, high = ascending.gather(1, below[:, None]), ascending.gather(1, above[:, None])
+    quantile = low + (position - below)[:, None] * (high - low)
+    spread = scores.detach().std(dim=1, keepdim=True, correction=0).clamp(min=1e-6)
+    return _straight_through(hard, torch.sigmoid((scores - quantile) / spread))
+
+
+@dataclass
+class _BlockDecision:
+    """
+    What one block computes in the skipping form, known on the host. `heads` and `groups` list the distinct sets of the
+    batch, each with the indices of its samples (`None`: all); `token_rates` is one rate for all samples or one each, and
+    `None` where a threshold decides.
+    """
+
+    heads: list[tuple[torch.Tensor | None, tuple[int, ...]]]
+    groups: list[tuple[torch.Tensor | None, tuple[int, ...]]]
+    token_rates: list[float] | None
+
+
+@dataclass
+class _Call:
+    """What the blocks share in one call of the model."""
+
+    form: str  # "complete", "masked" or "skipping"
+    num_active: int  # leading groups that `width_mult` leaves
+    output_masks: bool = False
+    gate_noise: torch.Tensor | None = None
+    decisions: list[_BlockDecision] | None = None  # by layer
+    modulations: list[torch.Tensor] | None = None  # by layer, (B, 6 * D)
+
+
+@dataclass
+class _Plan:
+    """A prepared trajectory."""
+
+    timesteps: list[float]
+    decisions: list[list[_BlockDecision]]  # by step and layer
+    packed_weights: _PackedWeights
+    sources: list[torch.Tensor]
+    signature: tuple
+    class_labels: torch.Tensor | None = None
+    label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
+    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6 * D)
+    step: int | None = None
+
+
+class DynaDiTBlock(nn.Module):
+    """
+    A transformer block with adaLN-Zero (DiT, arXiv 2212.09748) and DyDiT's routers
+    ([arXiv 2410.03456](https://huggingface.co/papers/2410.03456), section 3).
+
+    `attn_rate` and `mlp_rate` choose heads and channel groups from the time embedding alone; group 0 is always on.
+    `token_selection` scores the tokens after attention; a token that is not selected skips the MLP. In capacity mode
+    `token_rate` gives the share of tokens that are selected, from the time embedding too.
+
+    Args:
+        dim (`int`): width of a token.
+        num_heads (`int`): attention heads and channel groups of the MLP.
+        mlp_dim (`int`): hidden channels of the MLP.
+        router_mode (`str`): `"threshold"` or `"capacity"`.
+        layer_idx (`int`): place of the block in the model.
+        qk_norm (`str`, *optional*): normalisation of queries and keys.
+        mlp_norm_eps (`float`, defaults to `1e-6`): epsilon of the norm before the MLP.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        router_mode: str,
+        layer_idx: int,
+        qk_norm: str | None = None,
+        mlp_norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.num_groups = num_heads
+        self.router_mode = router_mode
+        self.layer_idx = layer_idx
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = DynaAttention(dim, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=mlp_norm_eps)
+        self.mlp = DynaMLP(dim, mlp_dim, num_heads)
+        self.attn_rate = DynaFloat32Linear(dim, num_heads - 1)
+        self.mlp_rate = DynaFloat32Linear(dim, num_heads - 1)
+        self.token_selection = DynaTokenSelection(dim)
+        self.token_rate = DynaFloat32Linear(dim, 1) if router_mode == "capacity" else None
+        self.masks = None  # of the last call with `output_masks`: heads, groups, tokens, share of tokens
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, conditioning: torch.Tensor, call: _Call
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, dim)`): tokens.
+            temb (`torch.Tensor` of shape `(batch_size, dim)`): time embedding, float32, for the routers.
+            conditioning (`torch.Tensor` of shape `(batch_size, dim)`): SiLU of time plus class embedding.
+            call (`_Call`): what all blocks share in this call.
+
+        Returns:
+            `torch.Tensor` with the shape of `hidden_states`.
+        """
+        if call.modulations is None:
+            modulation = self.modulation(conditioning)
+        else:
+            modulation = call.modulations[self.layer_idx]
+        modulation = modulation.chunk(6, dim=1)  # shift, scale, gate of attention; of the MLP; each (B, D)
+        if call.form == "skipping":
+            return self._forward_skipping(hidden_states, modulation, call)
+
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (part[:, None] for part in modulation)
+        head_mask = channel_mask = None
+        active = tuple(range(call.num_active)) if call.num_active < self.num_groups else None
+        if call.form == "masked":
+            head_mask, channel_mask = (mask[:, : call.num_active] for mask in self._group_masks(temb, call))
+
+        attn_output = self.attn(self.norm1(hidden_states) * (1 + scale) + shift, head_mask, active)
+        hidden_states = hidden_states + gate * attn_output
+
+        if call.form == "masked":
+            token_mask, token_rate = self._token_mask(hidden_states, temb, call)
+            mlp_gate = mlp_gate * token_mask[:, :, None].to(mlp_gate.dtype)
+        mlp_output = self.mlp(self.norm2(hidden_states) * (1 + mlp_scale) + mlp_shift, channel_mask, active)
+        hidden_states = hidden_states + mlp_gate * mlp_output
+
+        if call.output_masks:
+            if call.form == "complete":
+                head_mask = channel_mask = temb.new_ones(len(temb), call.num_active)
+                token_mask = temb.new_ones(hidden_states.shape[:2])
+                token_rate = token_mask.mean(dim=1)
+            num_off = self.num_groups - call.num_active
+            head_mask, channel_mask = F.pad(head_mask, (0, num_off)), F.pad(channel_mask, (0, num_off))
+            self.masks = (head_mask, channel_mask, token_mask, token_rate)
+        return hidden_states
+
+    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of heads and channel groups, (B, groups) each, at full width. Without a call: as in inference."""
+        masks = []
+        num_routed = self.num_groups - 1
+        for router, first in ((self.attn_rate, 0), (self.mlp_rate, num_routed)):
+            logits = router(temb)
+            if self.router_mode == "capacity":
+                gates = _capacity_gates(logits)
+            else:
+                noise = self._noise(logits, call, first) if call is not None else None
+                gates = _threshold_gates(logits, noise)
+            masks.append(F.pad(gates, (1, 0), value=1.0))
+        return masks[0], masks[1]
+
+    def _token_mask(self, hidden_states: torch.Tensor, temb: torch.Tensor, call: _Call) -> tuple[torch.Tensor, ...]:
+        """The mask of the tokens, (B, N), and the share that is on, (B,); both with gradients."""
+        scores = self.token_selection(hidden_states)
+        if self.router_mode == "threshold":
+            mask = _threshold_gates(scores, self._noise(scores, call, 2 * (self.num_groups - 1)))
+            return mask, mask.mean(dim=1)
+        rate = self._keep_rate(temb)
+        mask = _capacity_token_gates(scores, rate)
+        # The budget acts on the rate itself: through the scores its pull would hang on their spread.
+        return mask, _straight_through(mask.detach().mean(dim=1), rate)
+
+    def _keep_rate(self, temb: torch.Tensor) -> torch.Tensor:
+        """The share of tokens to keep, (B,). Values above 1 stand for 1."""
+        return TOKEN_RATE_SCALE * torch.sigmoid(self.token_rate(temb).squeeze(1))
+
+    def _noise(self, logits: torch.Tensor, call: _Call, first: int) -> torch.Tensor | None:
+        if not self.training:
+            return None
+        if call.gate_noise is None:
+            return torch.rand_like(logits)
+        return call.gate_noise[:, self.layer_idx, first : first + logits.shape[1]].to(logits)
+
+    def _forward_skipping(self, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
+        """The same as the masked form in evaluation mode, computing only what is on."""
+        decision = call.decisions[self.layer_idx]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        batch_size, num_tokens, dim = hidden_states.shape
+
+        attn_input = self.norm1(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        for rows, heads in decision.heads:
+            if rows is None:
+                hidden_states = hidden_states + gate[:, None] * self.attn(attn_input, active_heads=heads)
+            else:
+                attn_output = gate[rows, None] * self.attn(attn_input[rows], active_heads=heads)
+                hidden_states = hidden_states.index_add(0, rows, attn_output.to(hidden_states.dtype))
+
+        # Indices into the flattened tokens, of the selected ones only; None is all of them.
+        selected = self._select_tokens(hidden_states, decision.token_rates)
+        tokens = hidden_states.reshape(batch_size * num_tokens, dim)
+        for rows, groups in decision.groups:
+            if rows is None and selected is None:
+                mlp_input = self.norm2(hidden_states) * (1 + mlp_scale[:, None]) + mlp_shift[:, None]
+                mlp_output = self.mlp(mlp_input, active_groups=groups)
+                tokens = (hidden_states + mlp_gate[:, None] * mlp_output).view_as(tokens)
+                continue
+            indices = torch.arange(len(tokens), device=tokens.device) if selected is None else selected
+            if rows is not None:
+                indices = indices[torch.isin(indices // num_tokens, rows)]
+            if len(indices) == 0:
+                continue
+            image = indices // num_tokens
+            mlp_input = self.norm2(tokens[indices]) * (1 + mlp_scale[image]) + mlp_shift[image]
+            mlp_output = mlp_gate[image] * self.mlp(mlp_input, active_groups=groups)
+            tokens = tokens.index_add(0, indices, mlp_output.to(tokens.dtype))
+
+        if call.output_masks:
+            token_mask = tokens.new_ones(batch_size * num_tokens, dtype=torch.float32)
+            if selected is not None:
+                token_mask = torch.zeros_like(token_mask).index_fill(0, selected, 1.0)
+            token_mask = token_mask.view(batch_size, num_tokens)
+            head_mask = self._mask_of(decision.heads, token_mask)
+            self.masks = (head_mask, self._mask_of(decision.groups, token_mask), token_mask, token_mask.mean(dim=1))
+        return tokens.view(batch_size, num_tokens, dim)
+
+    def _select_tokens(self, hidden_states: torch.Tensor, token_rates: list[float] | None) -> torch.Tensor | None:
+        batch_size, num_tokens = hidden_states.shape[:2]
+        if token_rates is None:
+            return (self.token_selection(hidden_states).flatten() > 0).nonzero().squeeze(1)
+        # The same float32 arithmetic as in the masked form, on the host.
+        counts = (torch.tensor(token_rates, dtype=torch.float32) * num_tokens).round().int().tolist()
+        if min(counts) == num_tokens:
+            return None
+        scores = self.token_selection(hidden_states)
+        if len(counts) == 1:
+            order = scores.argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
+            first = torch.arange(batch_size, device=order.device) * num_tokens
+            return (first[:, None] + order).flatten()
+        selected = _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None]
+        return selected.flatten().nonzero().squeeze(1)
+
+    def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
+        mask = like.new_zeros(len(like), self.num_groups)
+        for rows, groups in partition:
+            row = like.new_zeros(self.num_groups).index_fill(0, torch.tensor(groups, device=like.device), 1.0)
+            if rows is None:
+                mask[:] = row
+            else:
+                mask[rows] = row
+        return mask
+
+
+TransformerBlockRegistry.register(DynaDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+@dataclass
+class DynaDiTTransformer2DModelOutput(Transformer2DModelOutput):
+    """
+    Output of [`DynaDiTTransformer2DModel`]. All but `sample` are `None` unless `output_masks` was set.
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`): the prediction.
+        attn_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_attention_heads)`):
+            1 where a head was on. A block that a feature cache left out has zeros.
+        mlp_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_attention_heads)`):
+            1 where a channel group of the MLP was on.
+        token_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_tokens)`): 1 where a token took the MLP.
+        compute_ratio (`torch.Tensor` of shape `(batch_size,)`):
+            Multiply-accumulates of the blocks over those of the complete model's blocks, in [0, 1]. In training it
+            carries the gradient of the budget to the routers.
+    """
+
+    attn_masks: torch.Tensor | None = None
+    mlp_masks: torch.Tensor | None = None
+    token_masks: torch.Tensor | None = None
+    compute_ratio: torch.Tensor | None = None
+
+
+class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+    r"""
+    A diffusion transformer (DiT, [arXiv 2212.09748](https://huggingface.co/papers/2212.09748)) whose compute follows
+    timestep and token (DyDiT, [arXiv 2410.03456](https://huggingface.co/papers/2410.03456)), unconditional or
+    conditioned on a class.
+
+    It runs in three forms. `complete_model=True` is the static model. In training, and wherever gradients are recorded,
+    everything is computed and masked (**masked**), with straight-through gradients to the routers. In evaluation mode
+    under `torch.no_grad` only what is on is computed (**skipping**): the weights are cut to the active heads and channel
+    groups, and the MLP runs on the selected tokens. Masked and skipping give the same output. A compiled model, and
+    layers whose weights cannot be cut (quantised, DoRA), run masked.
+
+    `DYNA_DIT_CONFIGS` holds the public sizes:
+    `DynaDiTTransformer2DModel.from_config(DYNA_DIT_CONFIGS["DiT-S/2"], num_classes=10)`.
+
+    Args:
+        sample_size (`int` or `tuple[int, int]`, defaults to `32`):
+            Native height and width of the input. Other sizes work as long as `patch_size` divides them.
+        patch_size (`int`, defaults to `2`): side of a patch.
+        in_channels (`int`, defaults to `4`): channels of the input.
+        num_layers (`int`, defaults to `12`): transformer blocks.
+        num_attention_heads (`int`, defaults to `6`): heads, and channel groups of every MLP; at least 2.
+        attention_head_dim (`int`, defaults to `64`): width of a head.
+        mlp_ratio (`float`, defaults to `4.0`): hidden width of the MLP over the width of a token.
+        num_classes (`int`, *optional*, defaults to `1000`):
+            Number of classes, labels `0 ... num_classes - 1`. `None` is unconditional.
+        class_dropout_prob (`float`, defaults to `0.1`):
+            Share of labels replaced by the null class in training mode, for classifier-free guidance
+            ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)). Above 0 the class table has one more row,
+            and `num_classes` is the label of the null class. Without effect on an unconditional model.
+        learn_sigma (`bool`, defaults to `True`): twice the channels in the output, the second half for the variance.
+        qk_norm (`str` or `bool`, *optional*):
+            `"layer_norm"` (or `True`) or `"rms_norm"` of each head's queries and keys; `None` or `False` for none.
+        router_mode (`str`, defaults to `"capacity"`):
+            `"threshold"` is DyDiT's rule, sigmoid(logit) > 0.5, trained with a hard Gumbel-sigmoid. `"capacity"` fixes
+            the counts by the timestep alone, the same in training and inference: heads and groups keep the top
+            1 + round(sum of p), p = sigmoid(logit / 5) of all but the first; tokens keep the top round(r N) by score,
+            r the block's keep rate at this timestep.
+        timestep_scale (`float`, defaults to `1.0`), timestep_shift (`float`, defaults to `0.0`):
+            The time that is embedded is `timestep_scale * timestep + timestep_shift`. A converted SiT has -0.001 and 1.
+        downscale_freq_shift (`float`, defaults to `0`):
+            0 for DiT's frequencies, 10000 ** (-i / 128); 1 for those of diffusers' DiT, 10000 ** (-i / 127).
+        mlp_norm_eps (`float`, defaults to `1e-6`): epsilon of the norm before the MLP; the others have 1e-6.
+
+    Raises:
+        `ValueError`: where the sizes do not fit together or a mode is unknown.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DynaDiTBlock"]
+    _repeated_blocks = ["DynaDiTBlock"]
+    _keep_in_fp32_modules = [
+        "time_embedding",
+        "class_embedding",
+        "attn_rate",
+        "mlp_rate",
+        "token_rate",
+        "token_selection",
+    ]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", *_keep_in_fp32_modules]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 12,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        qk_norm: str | bool | None = None,
+        router_mode: str = "capacity",
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
+        downscale_freq_shift: float = 0,
+        mlp_norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self._check_config(height, width)
+        dim = num_attention_heads * attention_head_dim
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        qk_norm = "layer_norm" if qk_norm is True else qk_norm or None
+
+        self.pos_embed = DynaPatchEmbed((height // patch_size, width // patch_size), patch_size, in_channels, dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
+        self.time_embedding = DynaTimestepEmbedding(256, dim)
+        self.class_embedding = None
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
+        self.transformer_blocks = nn.ModuleList(
+            [
+                DynaDiTBlock(
+                    dim, num_attention_heads, int(dim * mlp_ratio), router_mode, layer_idx, qk_norm, mlp_norm_eps
+                )
+                for layer_idx in range(num_layers)
+            ]
+        )
+        self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
+
+        self.gradient_checkpointing = False
+        # The blocks themselves, also while a feature cache has put something else into the list.
+        self._blocks = tuple(self.transformer_blocks)
+        self._width_mult = 1.0
+        self._plan = None
+        self._initialize_weights()
+
+    def _check_config(self, height: int, width: int) -> None:
+        config = self.config
+        if config.patch_size < 1 or height % config.patch_size or width % config.patch_size:
+            fitting = [str(size) for size in (1, 2, 4, 8, 16) if not (height % size or width % size)]
+            raise ValueError(
+                f"`patch_size`={config.patch_size} must divide `sample_size`={config.sample_size}. Use "
+                f"{', '.join(fitting)}, or another size."
+            )
+        if config.num_layers < 1:
+            raise ValueError(f"`num_layers`={config.num_layers} must be at least 1.")
+        if config.num_attention_heads < 2:
+            raise ValueError(
+                f"`num_attention_heads`={config.num_attention_heads} must be at least 2: head 0 is always on, so there "
+                "would be nothing to choose."
+            )
+        dim = config.num_attention_heads * config.attention_head_dim
+        if config.attention_head_dim < 1 or dim % 4:
+            raise ValueError(
+                f"The width, `num_attention_heads` * `attention_head_dim` = {dim}, must be divisible by 4 for the "
+                "positions: sine and cosine of rows and of columns."
+            )
+        if int(dim * config.mlp_ratio) < 1 or int(dim * config.mlp_ratio) % config.num_attention_heads:
+            raise ValueError(
+                f"`mlp_ratio`={config.mlp_ratio} gives the MLP {dim * config.mlp_ratio:g} hidden channels, which must "
+                f"divide into `num_attention_heads`={config.num_attention_heads} groups."
+            )
+        if config.num_classes is not None and config.num_classes < 1:
+            raise ValueError(
+                f"`num_classes`={config.num_classes} must be at least 1, or None for an unconditional model."
+            )
+        if not 0 <= config.class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob`={config.class_dropout_prob} must be in [0, 1].")
+        if config.qk_norm not in (None, True, False, *QK_NORMS):
+            raise ValueError(
+                f"`qk_norm`={config.qk_norm!r} is unknown. Use one of {', '.join(map(repr, QK_NORMS))}, or None."
+            )
+        if config.router_mode not in ROUTER_MODES:
+            raise ValueError(
+                f"`router_mode`={config.router_mode!r} is unknown. Use one of {', '.join(map(repr, ROUTER_MODES))}."
+            )
+
+    def _initialize_weights(self) -> None:
+        """DiT's initialisation: adaLN-Zero, so every block starts as the identity; all routers start with all on."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        embeddings = [self.time_embedding.linear_1, self.time_embedding.linear_2, self.class_embedding]
+        for module in embeddings:
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.02)
+        for linear in [*(block.modulation for block in self._blocks), self.norm_out.linear, self.proj_out]:
+            nn.init.zeros_(linear.weight)
+        for block in self._blocks:
+            self.initialize_routers(block)
+
+    def initialize_routers(self, block: DynaDiTBlock) -> None:
+        """
+        Sets the routers of a block to where training starts: all on, for every timestep, and within reach of a gradient.
+
+        Args:
+            block (`DynaDiTBlock`): one of `transformer_blocks`.
+        """
+        is_threshold = self.config.router_mode == "threshold"
+        # In capacity mode a quarter of a group is missing from the sum, and the sum is rounded.
+        odds = 4 * (block.num_groups - 1) - 1  # p = 1 - 0.25 / (groups - 1)
+        bias = 15.0 if is_threshold else GATE_TEMPERATURE * math.log(odds)
+        for router in (block.attn_rate, block.mlp_rate):
+            nn.init.zeros_(router.weight)
+            nn.init.constant_(router.bias, bias)
+        nn.init.constant_(block.token_selection.linear_2.bias, 35.0 if is_threshold else 0.0)
+        if not is_threshold:
+            nn.init.zeros_(block.token_rate.weight)
+            nn.init.constant_(block.token_rate.bias, 5.0)
+
+    @property
+    def null_class_label(self) -> int | None:
+        """The label of the null class, `num_classes`, or `None` for a model that has none."""
+        return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+
+    @property
+    def width_mult(self) -> float:
+        """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
+        return self._width_mult
+
+    def set_width(self, width_mult: float) -> None:
+        """
+        Limits every attention layer and MLP to the leading part of its heads and channel groups, rounded to whole ones
+        and at least one. Routers choose among those.
+
+        Args:
+            width_mult (`float`): share of the full width, in (0, 1].
+
+        Raises:
+            `ValueError`: outside (0, 1], or where a layer's weights cannot be cut.
+        """
+        if not 0 < width_mult <= 1:
+            raise ValueError(f"`width_mult`={width_mult} must be in (0, 1]; 1 is the full width.")
+        if width_mult < 1 and not self._can_cut():
+            raise ValueError(self._CANNOT_CUT)
+        self._width_mult = width_mult
+        for block in self._blocks:
+            for module in block.modules():
+                if isinstance(module, DynaLinear):
+                    module.width_mult = width_mult
+
+    _CANNOT_CUT = (
+        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised or carries an adapter that is not "
+        "a plain LoRA. Merge the adapter, or use `set_width(1.0)`."
+    )
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        complete_model: bool = False,
+        output_masks: bool = False,
+        attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+        class_dropout_mask: torch.Tensor | None = None,
+        gate_noise: torch.Tensor | None = None,
+    ) -> DynaDiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): noisy samples.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, `float` or `int`):
+                Flow time in [0, 1000], 1000 is pure noise; or the step of a discrete diffusion schedule.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Integer labels in [0, num_classes), or `num_classes` for the null class. `None` on a model with a null
+                class means the null class for all.
+            complete_model (`bool`, *optional*, defaults to `False`):
+                Run every head, channel group and token; the static model, routers not evaluated.
+            output_masks (`bool`, *optional*, defaults to `False`): also return what was on, and the compute ratio.
+            attention_kwargs (`dict`, *optional*): `scale`, the strength of the active LoRA adapters.
+            return_dict (`bool`, *optional*, defaults to `True`): return an output object instead of a tuple.
+            class_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Boolean, True where the label is replaced by the null class. `None` draws it with
+                `class_dropout_prob` in training mode and drops nothing in evaluation mode.
+            gate_noise (`torch.Tensor` of shape `(batch_size, num_layers, gate_noise_size)`, *optional*):
+                Uniform numbers in (0, 1) for the gates of `router_mode="threshold"` in training mode, heads first, then
+                channel groups, then tokens: `gate_noise_size` = 2 * (`num_attention_heads` - 1) + number of tokens.
+                `None` draws them.
+
+        Returns:
+            [`DynaDiTTransformer2DModelOutput`] with `sample` of shape `(batch_size, out_channels, height, width)`, or a
+            tuple of its fields that are set.
+
+        Raises:
+            `ValueError`: on a size, timestep or label that does not fit the model.
+        """
+        batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs)
+        timestep = self._prepare_timestep(timestep, batch_size, hidden_states.device)
+        labels = self._prepare_class_labels(class_labels, class_dropout_mask, batch_size, hidden_states.device)
+        dtype = hidden_states.dtype
+
+        # 1. Patches, time and class
+        hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
+        self._check_gate_noise(gate_noise, hidden_states.shape)
+        temb, embedding = self._embed(timestep, labels)
+        conditioning = F.silu(embedding).to(dtype)
+
+        # 2. Blocks
+        call = self._prepare_call(temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
+            else:
+                hidden_states = block(hidden_states, temb, conditioning, call)
+
+        # 3. Pixels of the patches
+        masks = self._collect_masks(hidden_states) if output_masks else ()
+        hidden_states = self.norm_out(hidden_states, embedding)
+        hidden_states = self.proj_out(hidden_states)
+        patch_size = self.config.patch_size
+        sample = rearrange(
+            hidden_states,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=height // patch_size,
+            w=width // patch_size,
+            p=patch_size,
+            q=patch_size,
+        )
+
+        if not return_dict:
+            return (sample, *masks)
+        return DynaDiTTransformer2DModelOutput(sample, *masks)
+
+    def forward_with_cfg(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor,
+        guidance_scale: float,
+        guidance_channels: int = 3,
+        **kwargs,
+    ) -> DynaDiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
+        r"""
+        One call for both halves of classifier-free guidance, as DiT samples: the first half of the batch is conditional
+        and the only one read, the second half of `class_labels` holds the null class.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(2 * n, in_channels, height, width)`): noisy samples, twice.
+            timestep (`torch.Tensor` of shape `(2 * n,)` or `()`, `float` or `int`): as in `forward`.
+            class_labels (`torch.Tensor` of shape `(2 * n,)`): labels, then null labels.
+            guidance_scale (`float`): uncond + guidance_scale * (cond - uncond); 1 is no guidance.
+            guidance_channels (`int`, *optional*, defaults to `3`):
+                Leading channels that are guided. The others keep the prediction of their own half.
+            kwargs (`dict`): further arguments of `forward`.
+
+        Returns:
+            What `forward` returns, guided; both halves of `sample` hold the same guided channels.
+
+        Raises:
+            `ValueError`: on an odd batch or a number of channels that the model does not have.
+        """
+        if len(hidden_states) % 2:
+            raise ValueError(
+                f"`hidden_states` must hold both halves of the guidance, but its batch of {len(hidden_states)} is odd."
+            )
+        if not 0 < guidance_channels <= self.config.in_channels:
+            raise ValueError(
+                f"`guidance_channels`={guidance_channels} must be in [1, {self.config.in_channels}], the channels of the "
+                "input."
+            )
+        half = hidden_states.chunk(2)[0]
+        output = self(torch.cat([half, half]), timestep, class_labels, **kwargs)
+        sample = output[0]
+        cond, uncond = sample[:, :guidance_channels].chunk(2)
+        guided = uncond + guidance_scale * (cond - uncond)
+        sample = torch.cat([torch.cat([guided, guided]), sample[:, guidance_channels:]], dim=1)
+        if isinstance(output, tuple):
+            return (sample, *output[1:])
+        output.sample = sample
+        return output
+
+    @torch.no_grad()
+    def prepare_timesteps(
+        self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None, max_plan_bytes: int = 2**30
+    ) -> None:
+        """
+        Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
+        for every pair of timestep and label, and, as they are first used, the cut weights of every distinct set of heads
+        and groups. A call at another timestep or label is right too, only not prepared. Free it with [`clear_plan`].
+
+        What was prepared is dropped where weights, dtype, device or width change. A write through `.data`, as
+        `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_calls,)`): the times of the calls that follow, in their order.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels of these calls, null labels included. `None` prepares no modulations for a conditional model.
+            max_plan_bytes (`int`, defaults to `2**30`):
+                Memory for modulations and cut weights. What does not fit is computed in the call.
+
+        Raises:
+            `ValueError`: on timesteps of another shape, or a label out of range.
+        """
+        self.clear_plan()
+        if timesteps.ndim != 1 or len(timesteps) == 0:
+            raise ValueError(
+                f"`timesteps` must have shape (num_calls,), but it has shape {tuple(timesteps.shape)}. Give the times "
+                "of all calls in one tensor."
+            )
+        blocks = self._blocks
+        sources = [*self.time_embedding.parameters()]
+        for block in blocks:
+            routers = (block.attn_rate, block.mlp_rate, block.token_rate, block.modulation)
+            sources += [parameter for router in routers if router is not None for parameter in router.parameters()]
+        if self.class_embedding is not None:
+            sources += self.class_embedding.parameters()
+
+        times = timesteps.to(device=self.pos_embed.proj.weight.device, dtype=torch.float32)
+        temb, _ = self._embed(times, None)
+        plan = _Plan(
+            times.tolist(), self._decide(temb, one_row_a_step=True), _PackedWeights(max_plan_bytes), sources, ()
+        )
+        modulations = [block.modulation for block in blocks]
+        is_plain = all(
+            type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
+            for linear in modulations
+        ) and not any(map(_has_hooks, blocks))
+        if is_plain and (class_labels is not None or self.class_embedding is None):
+            labels = None
+            if class_labels is not None:
+                labels = self._prepare_class_labels(class_labels, None, len(class_labels), times.device)
+                distinct = labels.unique()
+                rows = times.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
+                rows[distinct] = torch.arange(len(distinct), device=times.device)
+            num_labels = 1 if labels is None else len(distinct)
+            dtype = modulations[0].weight.dtype
+            num_bytes = len(times) * num_labels * sum(m.out_features for m in modulations) * dtype.itemsize
+            if num_bytes <= max_plan_bytes:
+                embedding = temb[:, None]
+                if labels is not None:
+                    embedding = embedding + self.class_embedding(distinct).to(temb)
+                conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
+                plan.modulations = [linear(conditioning) for linear in modulations]
+                plan.packed_weights.num_bytes = num_bytes
+                plan.class_labels, plan.label_rows = class_labels, None if labels is None else rows
+        plan.signature = self._plan_signature(plan)
+        self._plan = plan
+        for block in blocks:
+            for module in block.modules():
+                if isinstance(module, DynaLinear):
+                    module._packed_weights = plan.packed_weights
+
+    def set_plan_step(self, step: int | None) -> None:
+        """
+        Tells the model which of the prepared timesteps the calls that follow are at, so that it need not read the
+        timestep back from the device.
+
+        Args:
+            step (`int`, *optional*): index into the prepared timesteps. `None` looks the timestep up by its value.
+
+        Raises:
+            `ValueError`: for an index that was not prepared.
+        """
+        if self._plan is None:
+            return
+        if step is not None and not 0 <= step < len(self._plan.timesteps):
+            raise ValueError(f"`step`={step} must be in [0, {len(self._plan.timesteps)}), the prepared timesteps.")
+        self._plan.step = step
+
+    def clear_plan(self) -> None:
+        """Frees what [`prepare_timesteps`] prepared."""
+        if self._plan is None:
+            return
+        self._plan = None
+        for block in self._blocks:
+            for module in block.modules():
+                if isinstance(module, DynaLinear):
+                    module._packed_weights = None
+
+    def compute_macs(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        masks: DynaDiTTransformer2DModelOutput | None = None,
+    ) -> dict[str, float]:
+        """
+        Multiply-accumulates of one sample in one call. `blocks` counts attention and MLPs, the denominator and numerator
+        of `compute_ratio`; `total` counts every matrix product and convolution, the routers of a dynamic call included.
+
+        Args:
+            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
+            masks ([`DynaDiTTransformer2DModelOutput`], *optional*):
+                An output with masks, over whose samples the mean is taken. `None` is the complete model at the current
+                width.
+
+        Returns:
+            `dict` with `"blocks"` and `"total"`.
+
+        Raises:
+            `ValueError`: where the patch size does not divide the size, or the masks are of another size.
+        """
+        config = self.config
+        sample_size = config.sample_size if sample_size is None else sample_size
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self._check_size(height, width, "sample_size")
+        num_tokens = (height // config.patch_size) * (width // config.patch_size)
+        dim = config.num_attention_heads * config.attention_head_dim
+        attn_macs, mlp_macs = self._block_macs(num_tokens)
+        patch_values = config.patch_size**2 * num_tokens * dim
+        total = patch_values * (config.in_channels + self.out_channels)
+        total += 256 * dim + dim**2 + (6 * config.num_layers + 2) * dim**2  # time, modulations
+        if masks is None:
+            share = self._num_active_groups() / config.num_attention_heads
+            blocks = config.num_layers * share * (attn_macs + mlp_macs)
+            return {"blocks": blocks, "total": blocks + total}
+
+        if masks.token_masks is None or masks.token_masks.shape[2] != num_tokens:
+            raise ValueError(
+                f"`masks` must be an output of a call with `output_masks=True` at `sample_size`={sample_size}, which "
+                f"has {num_tokens} tokens."
+            )
+        attn_share = masks.attn_masks.detach().float().mean(dim=2)  # (B, L)
+        mlp_share = masks.mlp_masks.detach().float().mean(dim=2) * masks.token_masks.detach().float().mean(dim=2)
+        blocks = (attn_macs * attn_share + mlp_macs * mlp_share).sum(dim=1).mean().item()
+        routers = 2 * dim * (config.num_attention_heads - 1)
+        is_capacity = config.router_mode == "capacity"
+        selection = num_tokens * sum(p.numel() for p in self._blocks[0].token_selection.parameters() if p.ndim == 2)
+        # Where the rate keeps all tokens they need no scores.
+        with_scores = (masks.token_masks == 0).any(dim=2).any(dim=0) | (not is_capacity)
+        total += config.num_layers * (routers + is_capacity * dim) + int(with_scores.sum()) * selection
+        return {"blocks": blocks, "total": blocks + total}
+
+    def _block_macs(self, num_tokens: int) -> tuple[int, int]:
+        """Multiply-accumulates of attention (score products included) and of the MLP of one complete block."""
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        attn_macs = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
+        return attn_macs, 2 * num_tokens * dim * int(dim * self.config.mlp_ratio)
+
+    def _embed(self, timestep: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The time embedding, for the routers, and its sum with the class embedding; float32, (B, D) each."""
+        temb = self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
+        if labels is None:
+            return temb, temb
+        return temb, temb + self.class_embedding(labels).to(temb)
+
+    def _num_active_groups(self) -> int:
+        num_heads = self.config.num_attention_heads
+        return round_to_nearest(num_heads, self._width_mult, num_heads)
+
+    def _prepare_call(self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise) -> _Call:
+        call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
+        if call.num_active < self.config.num_attention_heads and not self._can_cut():
+            raise ValueError(self._CANNOT_CUT)
+        if complete_model:
+            call.form = "complete"
+        elif not (self.training or torch.is_grad_enabled() or self._is_compiled()) and self._can_cut():
+            call.form = "skipping"
+        if call.form == "skipping":
+            plan, step = self._find_step(timestep)
+            if step is None:
+                call.decisions = self._decide(temb)
+            else:
+                call.decisions = plan.decisions[step]
+                call.modulations = self._find_modulations(plan, step, class_labels, labels)
+        return call
+
+    def _is_compiled(self) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        return any(block._compiled_call_impl is not None for block in self._blocks)
+
+    def _can_cut(self) -> bool:
+        return all(
+            _can_cut(layer)
+            for block in self._blocks
+            for layer in (block.attn.qkv, block.attn.to_out[0], block.mlp.fc1, block.mlp.fc2)
+        )
+
+    def _decide(self, temb: torch.Tensor, one_row_a_step: bool = False) -> list:
+        """The decisions of all blocks, read back from the device at once: by layer, or by row of `temb` and layer."""
+        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
+        rows = []
+        for block in self._blocks:
+            masks = [*block._group_masks(temb)]
+            if block.token_rate is not None:
+                masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
+            rows.append(torch.cat(masks, dim=1))
+        decisions = []
+        for layer in torch.stack(rows).tolist():  # (L, B, 2 * groups (+ 1))
+            heads, groups, rates = [], [], []
+            for row in layer:
+                heads.append(tuple(i for i in range(num_active) if row[i]))
+                groups.append(tuple(i for i in range(num_active) if row[num_groups + i]))
+                rates += row[2 * num_groups :]
+            if one_row_a_step:
+                steps = zip(heads, groups, rates or [None] * len(heads), strict=True)
+                decisions.append([_BlockDecision([(None, h)], [(None, g)], r and [r]) for h, g, r in steps])
+            else:
+                rates = rates[:1] if len(set(rates)) == 1 else rates
+                heads, groups = _partition(heads, temb.device), _partition(groups, temb.device)
+                decisions.append(_BlockDecision(heads, groups, rates or None))
+        return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
+
+    def _plan_signature(self, plan: _Plan) -> tuple:
+        return (_signature(plan.sources), self._width_mult)
+
+    def _find_step(self, timestep: torch.Tensor) -> tuple[_Plan | None, int | None]:
+        plan = self._plan
+        if plan is None:
+            return None, None
+        if plan.signature != self._plan_signature(plan):
+            self.clear_plan()
+            return None, None
+        if plan.step is not None and (
+            timestep.device.type != "cpu" or bool((timestep == plan.timesteps[plan.step]).all())
+        ):
+            return plan, plan.step
+        times = set(timestep.tolist())
+        if len(times) == 1 and (time := times.pop()) in plan.timesteps:
+            return plan, plan.timesteps.index(time)
+        return None, None
+
+    def _find_modulations(self, plan: _Plan, step: int, class_labels, labels) -> list[torch.Tensor] | None:
+        if not plan.modulations:
+            return None
+        if labels is None:
+            return [modulation[step] for modulation in plan.modulations]
+        rows = plan.label_rows[labels]
+        # Elsewhere than on CPU a look at the labels would wait for the device.
+        if class_labels is not plan.class_labels and (labels.device.type != "cpu" or bool((rows < 0).any())):
+            return None
+        return [modulation[step][rows] for modulation in plan.modulations]
+
+    def _collect_masks(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Masks of heads, groups and tokens by layer, and the compute ratio. A block that did not run was off."""
+        batch_size, num_tokens = hidden_states.shape[:2]
+        num_groups = self.config.num_attention_heads
+        attn_macs, mlp_macs = self._block_macs(num_tokens)
+        off = hidden_states.new_zeros(batch_size, num_groups + num_tokens, dtype=torch.float32)
+        layers = []
+        for block in self._blocks:
+            ran = (off[:, :num_groups], off[:, :num_groups], off[:, num_groups:], off[:, 0])
+            if block.masks is not None:
+                ran, block.masks = block.masks, None
+            layers.append(ran)
+        attn, mlp, tokens, token_rate = (torch.stack(masks, dim=1) for masks in zip(*layers, strict=True))
+        spent = attn_macs * attn.mean(dim=2) + mlp_macs * mlp.mean(dim=2) * token_rate  # (B, L)
+        return attn, mlp, tokens, spent.mean(dim=1) / (attn_macs + mlp_macs)
+
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        patch_size = self.config.patch_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"The height and width of `{name}`, {(height, width)}, must be divisible by `patch_size`={patch_size}."
+            )
+
+    def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None) -> torch.Size:
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` must have shape (batch_size, {self.config.in_channels}, height, width), but it has "
+                f"shape {tuple(hidden_states.shape)}."
+            )
+        self._check_size(*hidden_states.shape[2:], "hidden_states")
+        if attention_kwargs:
+            raise ValueError(
+                f"`attention_kwargs` has the unknown keys {', '.join(map(repr, attention_kwargs))}. Use 'scale' only."
+            )
+        return hidden_states.shape
+
+    def _check_gate_noise(self, gate_noise: torch.Tensor | None, shape: torch.Size) -> None:
+        size = 2 * (self.config.num_attention_heads - 1) + shape[1]
+        expected = (shape[0], self.config.num_layers, size)
+        if gate_noise is not None and gate_noise.shape != expected:
+            raise ValueError(
+                f"`gate_noise` must have shape {expected}, samples, layers and gates, but it has shape "
+                f"{tuple(gate_noise.shape)}."
+            )
+
+    def _prepare_timestep(self, timestep: torch.Tensor | float | int, batch_size: int, device) -> torch.Tensor:
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep, dtype=torch.float32, device=device)
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(
+                f"`timestep` must be a number or have shape ({batch_size},), one time per sample, but it has shape "
+                f"{tuple(timestep.shape)}."
+            )
+        return timestep.to(device=device, dtype=torch.float32).expand(batch_size)
+
+    def _prepare_class_labels(
+        self, class_labels: torch.Tensor | None, dropout_mask: torch.Tensor | None, batch_size: int, device
+    ) -> torch.Tensor | None:
+        null_label = self.null_class_label
+        if dropout_mask is not None:
+            if null_label is None:
+                raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
+            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"`class_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
+                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
+                )
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` were given, but the model is unconditional (`num_classes` is None).")
+            return None
+        if class_labels is None:
+            if null_label is None:
+                raise ValueError(
+                    f"`class_labels` must be given: the model has {self.config.num_classes} classes and no null class "
+                    "(`class_dropout_prob` is 0)."
+                )
+            return torch.full((batch_size,), null_label, device=device)
+        if class_labels.shape != (batch_size,):
+            raise ValueError(
+                f"`class_labels` must have shape ({batch_size},), one label per sample, but it has shape "
+                f"{tuple(class_labels.shape)}."
+            )
+        # Elsewhere than on CPU this check would wait for the device at every step.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            num_labels = self.class_embedding.num_embeddings
+            wrong = class_labels[(class_labels < 0) | (class_labels >= num_labels)]
+            if wrong.numel():
+                raise ValueError(f"`class_labels` must be in [0, {num_labels}), but they hold {wrong.tolist()}.")
+        class_labels = class_labels.to(device)
+        if dropout_mask is None and self.training and null_label is not None:
+            dropout_mask = torch.rand(batch_size, device=device) < self.config.class_dropout_prob
+        if dropout_mask is not None:
+            class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
+        return class_labels
+
+
+def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor | None, tuple[int, ...]]]:
+    """The distinct sets of a batch, each with the indices of its samples; one set for all has the indices `None`."""
+    samples = {}
+    for sample, active in enumerate(sets):
+        samples.setdefault(active, []).append(sample)
+    if len(samples) == 1:
+        return [(None, sets[0])]
+    return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether offloading or layerwise casting fills in the module's weights only while it runs."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
