@@ -8,13 +8,14 @@ from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers reads 
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
-from .pipelines import DynaUNetPipeline
+from .pipelines import DynaDiTPipeline, DynaUNetPipeline
 from .schedulers import FlowMatchODEScheduler
 
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "DYNA_DIT_CONFIGS",
+    "DynaDiTPipeline",
     "DynaDiTTransformer2DModel",
     "DynaUNet2DModel",
     "DynaUNetPipeline",

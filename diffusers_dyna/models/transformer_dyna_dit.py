@@ -277,7 +277,7 @@ class DynaPatchEmbed(nn.Module):
         positions = self.positions
         if (rows, columns) != self.grid_size:
             positions = self._make_positions(rows, columns, hidden_states.device)
-        return hidden_states.flatten(2).transpose(1, 2) + positions.to(dtype)  # (B, N, D)
+        return hidden_states.flatten(2).transpose(1, 2).contiguous() + positions.to(dtype)  # (B, N, D)
 
 
 class DynaAttnProcessor:
@@ -401,6 +401,8 @@ def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
     """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
     if not isinstance(getattr(layer, "base_layer", None), DynaLinear) or not hasattr(layer, "lora_A"):
         return None
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as the layer's own forward does
     if layer.merged or layer.disable_adapters:
         return []
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -512,9 +514,9 @@ class _Plan:
     timesteps: list[float]
     decisions: list[list[_BlockDecision]]  # by step and layer
     packed_weights: _PackedWeights
-    sources: list[torch.Tensor]
     signature: tuple
     class_labels: torch.Tensor | None = None
+    label_signature: tuple = ()
     label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
     modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6 * D)
     step: int | None = None
@@ -667,7 +669,7 @@ class DynaDiTBlock(nn.Module):
             if rows is None and selected is None:
                 mlp_input = self.norm2(hidden_states) * (1 + mlp_scale[:, None]) + mlp_shift[:, None]
                 mlp_output = self.mlp(mlp_input, active_groups=groups)
-                tokens = (hidden_states + mlp_gate[:, None] * mlp_output).view_as(tokens)
+                tokens = (hidden_states + mlp_gate[:, None] * mlp_output).reshape(tokens.shape)
                 continue
             indices = torch.arange(len(tokens), device=tokens.device) if selected is None else selected
             if rows is not None:
@@ -1019,7 +1021,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         conditioning = F.silu(embedding).to(dtype)
 
         # 2. Blocks
-        call = self._prepare_call(temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise)
+        given_labels = class_labels if class_dropout_mask is None else None
+        call = self._prepare_call(temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
@@ -1121,27 +1124,27 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 "of all calls in one tensor."
             )
         blocks = self._blocks
-        sources = [*self.time_embedding.parameters()]
+        routers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         for block in blocks:
-            routers = (block.attn_rate, block.mlp_rate, block.token_rate, block.modulation)
-            sources += [parameter for router in routers if router is not None for parameter in router.parameters()]
-        if self.class_embedding is not None:
-            sources += self.class_embedding.parameters()
+            routers += [block.attn_rate, block.mlp_rate] + ([] if block.token_rate is None else [block.token_rate])
+        if not all(type(router) is DynaFloat32Linear for router in routers):
+            return  # the strength of an adapter can change without a trace, so its decisions are taken in each call
 
         times = timesteps.to(device=self.pos_embed.proj.weight.device, dtype=torch.float32)
         temb, _ = self._embed(times, None)
-        plan = _Plan(
-            times.tolist(), self._decide(temb, one_row_a_step=True), _PackedWeights(max_plan_bytes), sources, ()
-        )
+        decisions = self._decide(temb, one_row_a_step=True)
+        plan = _Plan(times.tolist(), decisions, _PackedWeights(max_plan_bytes), self._plan_signature())
         modulations = [block.modulation for block in blocks]
         is_plain = all(
             type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
             for linear in modulations
         ) and not any(map(_has_hooks, blocks))
+        is_plain = is_plain and type(self.class_embedding) in (nn.Embedding, type(None))
         if is_plain and (class_labels is not None or self.class_embedding is None):
             labels = None
             if class_labels is not None:
-                labels = self._prepare_class_labels(class_labels, None, len(class_labels), times.device)
+                keep = None if self.null_class_label is None else torch.zeros_like(class_labels, dtype=torch.bool)
+                labels = self._prepare_class_labels(class_labels, keep, class_labels.numel(), times.device)
                 distinct = labels.unique()
                 rows = times.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
                 rows[distinct] = torch.arange(len(distinct), device=times.device)
@@ -1155,8 +1158,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
                 plan.modulations = [linear(conditioning) for linear in modulations]
                 plan.packed_weights.num_bytes = num_bytes
-                plan.class_labels, plan.label_rows = class_labels, None if labels is None else rows
-        plan.signature = self._plan_signature(plan)
+                if labels is not None:
+                    plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
+                    plan.label_rows = rows
         self._plan = plan
         for block in blocks:
             for module in block.modules():
@@ -1306,21 +1310,29 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 rates += row[2 * num_groups :]
             if one_row_a_step:
                 steps = zip(heads, groups, rates or [None] * len(heads), strict=True)
-                decisions.append([_BlockDecision([(None, h)], [(None, g)], r and [r]) for h, g, r in steps])
+                decisions.append(
+                    [_BlockDecision([(None, h)], [(None, g)], None if r is None else [r]) for h, g, r in steps]
+                )
             else:
                 rates = rates[:1] if len(set(rates)) == 1 else rates
                 heads, groups = _partition(heads, temb.device), _partition(groups, temb.device)
                 decisions.append(_BlockDecision(heads, groups, rates or None))
         return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
 
-    def _plan_signature(self, plan: _Plan) -> tuple:
-        return (_signature(plan.sources), self._width_mult)
+    def _plan_signature(self) -> tuple:
+        """Changes with whatever the decisions and modulations of a plan were computed from."""
+        layers = [self.time_embedding.linear_1, self.time_embedding.linear_2, self.class_embedding]
+        for block in self._blocks:
+            layers += [block.attn_rate, block.mlp_rate, block.token_rate, block.modulation]
+        layers = [layer for layer in layers if layer is not None]
+        tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
+        return (tuple(map(id, layers)), _signature(tensors), self._width_mult)
 
     def _find_step(self, timestep: torch.Tensor) -> tuple[_Plan | None, int | None]:
         plan = self._plan
         if plan is None:
             return None, None
-        if plan.signature != self._plan_signature(plan):
+        if plan.signature != self._plan_signature():
             self.clear_plan()
             return None, None
         if plan.step is not None and (
@@ -1339,7 +1351,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return [modulation[step] for modulation in plan.modulations]
         rows = plan.label_rows[labels]
         # Elsewhere than on CPU a look at the labels would wait for the device.
-        if class_labels is not plan.class_labels and (labels.device.type != "cpu" or bool((rows < 0).any())):
+        if labels.device.type == "cpu":
+            is_prepared = not bool((rows < 0).any())
+        else:
+            is_prepared = class_labels is plan.class_labels and _signature([class_labels]) == plan.label_signature
+        if not is_prepared:
             return None
         return [modulation[step][rows] for modulation in plan.modulations]
 

@@ -140,6 +140,9 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Default: 1e-8.")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm to clip gradients to. Default: 1.")
     group.add_argument(
+        "--skip_grad_norm", type=float, help="Skip a step whose gradient norm is above this. Default: none is skipped."
+    )
+    group.add_argument(
         "--max_nonfinite_steps",
         type=int,
         default=20,
@@ -227,8 +230,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, minimum in (("checkpoints_total_limit", 1), ("ema_warmup_steps", 0), ("resolution", 1)):
         if getattr(args, name) is not None and getattr(args, name) < minimum:
             raise ValueError(f"`--{name}` {getattr(args, name)} must be at least {minimum}.")
-    for name in ("learning_rate", "max_grad_norm", "logit_std"):
-        if not getattr(args, name) > 0:
+    for name in ("learning_rate", "max_grad_norm", "skip_grad_norm", "logit_std"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"`--{name}` {getattr(args, name)} must be above 0.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"`--ema_decay` {args.ema_decay} must be in [0, 1).")

@@ -158,18 +158,20 @@ class TrainingLog:
         self._file.write(json.dumps(values) + "\n")
 
 
-def check_resume(saved: dict, current: dict) -> None:
+def check_resume(saved: dict, current: dict, defaults: dict | None = None) -> None:
     """
     Compares what defines a run with what defined the run that a checkpoint is from.
 
     Args:
         saved (`dict`): name to JSON value, from the checkpoint.
         current (`dict`): the same of this run.
+        defaults (`dict`, *optional*): what a name stands for that the checkpoint is too old to have.
 
     Raises:
         `ValueError`: listing every difference.
     """
     current = json.loads(json.dumps(current))  # tuples become lists, as in the checkpoint
+    saved = {**{name: value for name, value in (defaults or {}).items() if name in current}, **saved}
     different = [name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)]
     if different:
         lines = [f"  {name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now" for name in different]

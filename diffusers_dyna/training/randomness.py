@@ -62,17 +62,20 @@ def keyed_randn(seed: int, stream: str, indices: Sequence[int], shape: Sequence[
     return noise
 
 
-def keyed_uniform(seed: int, stream: str, indices: Sequence[int]) -> torch.Tensor:
+def keyed_uniform(seed: int, stream: str, indices: Sequence[int], shape: Sequence[int] = ()) -> torch.Tensor:
     """
-    One uniform number per sample.
+    Uniform numbers, each sample's from its own generator.
 
     Args:
         seed (`int`): seed of the run.
         stream (`str`): what the numbers are for.
         indices (`Sequence[int]`): global index of each sample.
+        shape (`Sequence[int]`, defaults to `()`): shape of one sample's.
 
     Returns:
-        `torch.Tensor` of shape `(len(indices),)`, float64 in [0, 1) on the CPU.
+        `torch.Tensor` of shape `(len(indices), *shape)`, float64 in [0, 1) on the CPU.
     """
-    numbers = [torch.rand((), generator=keyed_generator(seed, stream, i), dtype=torch.float64) for i in indices]
+    numbers = [
+        torch.rand(tuple(shape), generator=keyed_generator(seed, stream, i), dtype=torch.float64) for i in indices
+    ]
     return torch.stack(numbers)

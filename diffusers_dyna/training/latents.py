@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A cache of what a VAE makes of the images, for training in latents.
+
+It holds the mean and the standard deviation of the VAE's posterior, for each image and, with random flips, for its
+mirror image. So every epoch draws its flips and its latents anew, keyed by the sample as in pixels. Shards have a fixed
+number of images: the files do not depend on the number of processes that wrote them. Each appears under its name only
+when it is whole, and `index.json` comes last, with their checksums.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
+
+from .checkpoints import PARTIAL_PREFIX
+from .data import ImageSource, ImageTransform
+from .loop import write_json
+
+
+logger = logging.get_logger(__name__)
+
+INDEX_NAME = "index.json"
+# One key for everything: safetensors writes several in an order that changes from call to call.
+METADATA_KEY = "latent_cache"
+
+
+class LatentSource(ImageSource):
+    """
+    The moments in a complete cache, in the place of the images that they were made from. Shards are memory-mapped. With
+    [`LatentTransform`] it goes into `data.make_dataloader`; the `pixel_values` of its batches are latents then.
+
+    Args:
+        cache_dir (`str` or `Path`): folder that [`build_latent_cache`] has finished.
+        source ([`ImageSource`]): the images; gives name, labels and facts.
+
+    Attributes:
+        channels (`int`): of the latents.
+        native_size (`int`): side of the latents.
+        bad_images (`dict[int, str]`): why an image has no latents.
+    """
+
+    def __init__(self, cache_dir: str | Path, source: ImageSource):
+        index = json.loads((Path(cache_dir) / INDEX_NAME).read_text())
+        self.cache_dir, self.source = Path(cache_dir), source
+        self.name, self.labels, self.id2label, self.facts = source.name, source.labels, source.id2label, source.facts
+        self.num_images = source.num_images
+        self.identity = index["identity"]
+        self.shard_size = self.identity["shard_size"]
+        self.bad_images = {int(i): reason for i, reason in index["bad_images"].items()}
+        self._slices = {}
+        *_, self.channels, self.native_size, _ = self._slice(0).get_shape()
+
+    def _slice(self, shard: int):
+        if shard not in self._slices:
+            with safe_open(_shard_path(self.cache_dir, shard), framework="pt") as file:
+                self._slices[shard] = file.get_slice("moments")
+        return self._slices[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_slices": {}}  # a worker that is spawned maps the files itself
+
+    def read(self, index: int) -> torch.Tensor:
+        """
+        Args:
+            index (`int`): of the image.
+
+        Returns:
+            `torch.Tensor` of shape `(views, 2, channels, height, width)`: the image and, in a cache with flips, its
+            mirror image; mean and standard deviation of each.
+
+        Raises:
+            `ValueError`: for an image that could not be read, saying why.
+        """
+        if index in self.bad_images:
+            raise ValueError(self.bad_images[index])
+        shard, row = divmod(index, self.shard_size)
+        return self._slice(shard)[row]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+    def fingerprint(self) -> str:
+        """Changes with the images' own fingerprint, the VAE, and how they were encoded."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class LatentTransform:
+    """
+    Draws a latent from its posterior: `(mean + std * noise - shift_factor) * scaling_factor`. Takes the place of
+    [`ImageTransform`] and flips the same samples as it does.
+
+    Args:
+        vae ([`~diffusers.AutoencoderKL`]): its config has `scaling_factor` and `shift_factor`.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        self.scaling_factor, self.shift_factor = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+    def __call__(self, moments: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """
+        Args:
+            moments (`torch.Tensor` of shape `(views, 2, channels, height, width)`): of [`LatentSource.read`].
+            generator (`torch.Generator`): for the flip and the noise.
+
+        Returns:
+            `torch.Tensor` of shape `(channels, height, width)`, float32.
+        """
+        _, _, flip = torch.rand(3, generator=generator).tolist()  # the draws of `ImageTransform`
+        mean, std = moments[1 if len(moments) == 2 and flip < 0.5 else 0].float()
+        noise = torch.randn(mean.shape, generator=generator)
+        return (mean + std * noise - self.shift_factor) * self.scaling_factor
+
+
+@torch.no_grad()
+def build_latent_cache(
+    cache_dir: str | Path,
+    source: ImageSource,
+    transform: ImageTransform,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+    shard_size: int = 2048,
+    dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
+    max_bad_images: int = 10,
+) -> LatentSource:
+    """
+    Opens a latent cache, after encoding what it lacks. To be called by all processes, on a folder that all of them see.
+    A complete cache is checked against its checksums; one that was interrupted goes on with its missing shards, with
+    any number of processes.
+
+    Whether images still have the content that was encoded is not checked, only their number, order, names and labels:
+    delete the folder after editing them. Encoding repeats bit for bit on one machine at the same `batch_size` (on a
+    GPU with `torch.backends.cudnn.deterministic`). It draws nothing from the global generators.
+
+    Args:
+        cache_dir (`str` or `Path`): folder of the cache; need not exist.
+        source ([`ImageSource`]): the images. One that cannot be read is recorded, and the loader replaces it as it
+            does in pixels.
+        transform ([`ImageTransform`]): how they become the VAE's input. With `random_flip` both flips are encoded.
+        vae ([`~diffusers.AutoencoderKL`]): on the device and in the dtype to encode with; put in evaluation mode.
+        accelerator ([`~accelerate.Accelerator`]): the run's.
+        batch_size (`int`, defaults to `32`): images to encode at a time; another one may round differently.
+        shard_size (`int`, defaults to `2048`): images of a shard, which is in memory while it is made.
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            What to store. float32 is exactly what the VAE gives. `torch.float16` takes half the disk (for 1.28 million
+            images with flips as 4 x 32 x 32 latents 42 GB, not 84) and rounds by at most 1 part in 2048.
+        num_workers (`int`, defaults to `0`): processes that read images ahead; 0 reads them in this one.
+        max_bad_images (`int`, defaults to `10`): unreadable images to bear.
+
+    Returns:
+        [`LatentSource`].
+
+    Raises:
+        `TypeError`: for another class of VAE, which has no posterior.
+        `ValueError`: if the images cannot be cached or do not fit the VAE, the latents are not finite, too many images
+            cannot be read, or the folder holds a damaged cache or that of other images, settings or weights.
+    """
+    cache_dir = Path(cache_dir)
+    _check_inputs(source, transform, vae, batch_size, shard_size, dtype)
+    vae.eval()
+    identity = _make_identity(source, transform, vae, shard_size, dtype)
+    index_path = cache_dir / INDEX_NAME
+    paths = {shard: _shard_path(cache_dir, shard) for shard in range(-(-len(source) // shard_size))}
+    present = [shard for shard, path in paths.items() if path.exists()]
+    missing = [shard for shard, path in paths.items() if not path.exists()]
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+
+    if index_path.exists():
+        index = json.loads(index_path.read_text())
+        _check_identity(cache_dir, index["identity"], identity)
+        for shard in present[accelerator.process_index :: accelerator.num_processes]:
+            if _sha256(paths[shard]) != index["sha256"][paths[shard].name]:
+                raise ValueError(
+                    f"{paths[shard]} is damaged: its SHA-256 is not the one in {INDEX_NAME}. Delete this file and "
+                    "start again: it alone is encoded anew."
+                )
+    else:
+        for shard in present:
+            _check_identity(cache_dir, _read_metadata(paths[shard])["identity"], identity)
+    accelerator.wait_for_everyone()  # before anything is written, all have seen the same
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if missing and accelerator.is_main_process:
+        index_path.unlink(missing_ok=True)  # where it is, the cache is complete
+    bad_images = {}
+    shards = _encode(source, transform, vae, own, batch_size, shard_size, dtype, num_workers)
+    for shard, moments, bad_in_shard in tqdm(
+        shards, "Encoding images", len(own), unit="shard", disable=not own or not accelerator.is_main_process
+    ):
+        bad_images |= bad_in_shard
+        _check_bad_images(source, bad_images, max_bad_images)
+        partial = cache_dir / f"{PARTIAL_PREFIX}{paths[shard].name}"
+        metadata = json.dumps({"identity": identity, "bad_images": bad_in_shard}, sort_keys=True)
+        save_file({"moments": moments}, partial, metadata={METADATA_KEY: metadata})
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, paths[shard])
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process and not index_path.exists():
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+            digests = list(pool.map(_sha256, paths.values()))
+        index = {"identity": identity, "sha256": {}, "bad_images": {}}
+        for path, digest in zip(paths.values(), digests, strict=True):
+            index["sha256"][path.name] = digest
+            index["bad_images"] |= _read_metadata(path)["bad_images"]
+        write_json(index_path, index)
+    accelerator.wait_for_everyone()
+    latents = LatentSource(cache_dir, source)
+    _check_bad_images(source, latents.bad_images, max_bad_images)
+    return latents
+
+
+def _shard_path(cache_dir: Path, shard: int) -> Path:
+    return cache_dir / f"shard-{shard:05d}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_metadata(path: Path) -> dict:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()[METADATA_KEY])
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). If it is damaged, delete it and start again: it alone is encoded anew. "
+            "If another process wrote it, the folder must be one that all processes see."
+        ) from error
+
+
+def _check_inputs(source, transform, vae, batch_size: int, shard_size: int, dtype: torch.dtype) -> None:
+    if not isinstance(vae, AutoencoderKL):
+        raise TypeError(
+            f"`vae` is of class {type(vae).__name__}, but the cache stores the posterior of an AutoencoderKL. Give one."
+        )
+    if source.num_images is None:
+        raise ValueError(
+            f"`source` {source.name} is a stream, which has no images by index. Read it without streaming."
+        )
+    if not transform.center_crop:
+        raise ValueError(
+            "`transform` crops at random places (`center_crop`=False), but the cache holds one crop of an image. Crop "
+            "the middle, or train without the cache."
+        )
+    if transform.channels != vae.config.in_channels:
+        raise ValueError(
+            f"`transform` gives {transform.channels} channels, but `vae` takes {vae.config.in_channels}. Make it with "
+            "`channels=vae.config.in_channels`."
+        )
+    factor = _downsampling(vae)
+    if transform.resolution % factor:
+        raise ValueError(
+            f"The resolution {transform.resolution} must be a multiple of {factor}, by which `vae` shrinks."
+        )
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"`{name}`={value} must be at least 1.")
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"`dtype`={dtype} must be torch.float32 or torch.float16.")
+
+
+def _downsampling(vae: AutoencoderKL) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _make_identity(source, transform, vae, shard_size: int, dtype: torch.dtype) -> dict:
+    """What decides on the content of the cache, as plain JSON values."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        weights.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    identity = {
+        "data_fingerprint": source.fingerprint(),
+        "num_images": len(source),
+        "resolution": transform.resolution,
+        "center_crop": transform.center_crop,
+        "random_flip": transform.random_flip,
+        "dtype": str(dtype),
+        "shard_size": shard_size,
+        "vae.dtype": str(vae.dtype),
+        "vae.weights": weights.hexdigest()[:16],
+    }
+    # Names with an underscore say where the weights are from and which version of diffusers read them.
+    identity |= {f"vae.{name}": value for name, value in vae.config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(identity))  # tuples become lists, as in a file
+
+
+def _check_identity(cache_dir: Path, saved: dict, current: dict) -> None:
+    different = [name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)]
+    if different:
+        lines = [f"  {name}: {saved.get(name)!r} in the cache, {current.get(name)!r} now" for name in different]
+        raise ValueError(
+            f"The latent cache {cache_dir} was made of other images, settings or weights:\n"
+            + "\n".join(lines)
+            + "\nUse the same values, give another folder, or delete this one."
+        )
+
+
+def _check_bad_images(source: ImageSource, bad_images: dict[int, str], max_bad_images: int) -> None:
+    if len(bad_images) > max_bad_images:
+        names = [f"{source.describe(i)} ({reason})" for i, reason in sorted(bad_images.items())]
+        raise ValueError(
+            f"More than `max_bad_images` {max_bad_images} images cannot be read: {', '.join(names[: max_bad_images + 1])}"
+        )
+
+
+class _UnflippedImages(Dataset):
+    """Image index -> the index with the pixels or, where the image cannot be read, with the reason."""
+
+    def __init__(self, source: ImageSource, transform: ImageTransform):
+        self.source, self.transform = source, ImageTransform(transform.resolution, transform.channels)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
+        try:
+            image = self.source.read(index)
+        except Exception as error:
+            return index, f"{type(error).__name__}: {error}"
+        return index, self.transform(image, torch.Generator())
+
+
+def _encode(
+    source, transform, vae, shards: list[int], batch_size: int, shard_size: int, dtype: torch.dtype, num_workers: int
+) -> Iterator[tuple[int, torch.Tensor, dict[int, str]]]:
+    """Yields each shard, its moments, and why images in it cannot be read; the rows of those are NaN."""
+    images_of = {shard: range(len(source))[shard * shard_size :][:shard_size] for shard in shards}
+    batches_of = {
+        shard: [list(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+        for shard, images in images_of.items()
+    }
+    loader = DataLoader(
+        _UnflippedImages(source, transform),
+        batch_sampler=[batch for batches in batches_of.values() for batch in batches],
+        collate_fn=list,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    batches = iter(loader)
+    num_views = 2 if transform.random_flip else 1
+    side = transform.resolution // _downsampling(vae)
+    for shard, images in images_of.items():
+        moments = torch.full((len(images), num_views, 2, vae.config.latent_channels, side, side), torch.nan).to(dtype)
+        bad_images = {}
+        for _ in batches_of[shard]:
+            batch = dict(next(batches))
+            good = {i: pixels for i, pixels in batch.items() if isinstance(pixels, torch.Tensor)}
+            for i, reason in batch.items():
+                if i not in good:
+                    bad_images[i] = reason
+                    logger.warning(f"{source.describe(i)} cannot be read ({reason}). Another takes its place.")
+            if not good:
+                continue
+            pixel_values = torch.stack(list(good.values())).to(vae.device, vae.dtype)
+            for view in range(num_views):
+                posterior = vae.encode(pixel_values.flip(-1) if view else pixel_values).latent_dist
+                encoded = torch.stack([posterior.mean, posterior.std], dim=1).to("cpu", dtype)
+                for i, row in zip(good, encoded, strict=True):
+                    if not row.isfinite().all():
+                        raise ValueError(
+                            f"`vae` in {vae.dtype} gives latents of {source.describe(i)} that are not finite in "
+                            f"{dtype}. Encode and store in float32; if they are not finite there, the weights are bad."
+                        )
+                    moments[i - images.start, view] = row
+        yield shard, moments, bad_images

@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a training script does besides its model and its objective: launch, resume, draw batches, step, log, save, publish.
+The loop itself, and all that the model sees, stay in the script.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import make_image_grid
+
+from . import arguments, checkpoints, data, loop
+from .randomness import keyed_seed
+
+
+WHOLE_MODEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class TrainingRun:
+    """
+    One run of a training script. In the script's order: create it, [`start`] it with the model, then
+
+        for step in run.steps():
+            for batch in run.micro_batches(step):
+                with run.accelerator.accumulate(run.model):
+                    ...
+                    run.accelerator.backward(loss)
+                    run.optimizer_step(step)
+            run.end_step(step, loss=...)
+        run.finish(...)
+
+    Args:
+        args (`argparse.Namespace`): with the arguments of `add_data_arguments`, `add_optimization_arguments` and
+            `add_run_arguments`, checked.
+        name (`str`): of the script, for the tracker.
+        component (`str`): of the pipeline, that is trained: `"unet"` or `"transformer"`.
+        can_shard (`bool`, defaults to `False`): whether FSDP and DeepSpeed launches are allowed.
+
+    Attributes:
+        accelerator ([`~accelerate.Accelerator`]): devices, processes, precision.
+        checkpoint (`Path`, *optional*): what the run continues from.
+        state (`dict`): what `training_state.json` of a checkpoint holds.
+
+    Raises:
+        `ValueError`: for a launch that cannot be saved, or a checkpoint that does not fit `output_dir`.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str, component: str, can_shard: bool = False):
+        self.args, self.name, self.component = args, name, component
+        self.output_dir = Path(args.output_dir)
+        tracker = args.report_to or loop.default_tracker()
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if tracker == "none" else tracker,
+            project_config=ProjectConfiguration(
+                str(self.output_dir), logging_dir=str(self.output_dir / args.logging_dir)
+            ),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self.is_sharded = self.accelerator.distributed_type not in WHOLE_MODEL
+        if self.is_sharded and not can_shard:
+            raise ValueError(
+                f"This script saves a model that is whole on every process, but was launched with "
+                f"{self.accelerator.distributed_type.value}. Launch it on one device or data-parallel (`--multi_gpu`)."
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            plugin = self.accelerator.state.deepspeed_plugin
+            if plugin.zero_stage > 2:
+                raise ValueError(
+                    f"DeepSpeed ZeRO stage {plugin.zero_stage} leaves no process a weight to average. Use stage 2, or "
+                    "FSDP."
+                )
+        self.is_main = self.accelerator.is_main_process
+        if self.is_main:
+            checkpoints.sweep_partial_folders(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        self.checkpoint = checkpoints.find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+        # The default convolution algorithms of cuDNN add up gradients in a changing order.
+        torch.backends.cudnn.deterministic = True
+
+    @property
+    def total_batch_size(self) -> int:
+        """Samples of one optimizer step, over all processes and accumulation."""
+        return self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+
+    def start(
+        self,
+        unwrapped: nn.Module,
+        scheduler: SchedulerMixin,
+        make_pipeline: Callable[[nn.Module], DiffusionPipeline],
+        source: data.ImageSource,
+        make_loader: Callable[["TrainingRun"], data.DataLoader | data.StreamingLoader],
+        identity: dict,
+        defaults: dict,
+        parameter_groups: list[dict] | None = None,
+    ) -> None:
+        """
+        Everything between the model and the first step: optimizer, averages, state of the checkpoint, data, log.
+
+        Args:
+            unwrapped (`torch.nn.Module`): the model, a `ModelMixin`.
+            scheduler ([`~diffusers.SchedulerMixin`]): the one that is saved.
+            make_pipeline (`Callable`): from a model to the pipeline that is saved.
+            source ([`ImageSource`]): the images.
+            make_loader (`Callable`): from this run to its batches; see [`make_loader`].
+            identity (`dict`): what defines the run besides the arguments.
+            defaults (`dict`): default of every argument; a checkpoint that is older than an argument was made with it.
+            parameter_groups (`list[dict]`, *optional*):
+                Groups for the optimizer, with `lr_scale` relative to `--learning_rate`. `None` is all parameters.
+
+        Raises:
+            `ValueError`: if the checkpoint is from another run.
+        """
+        args, accelerator = self.args, self.accelerator
+        self.unwrapped, self.scheduler, self.make_pipeline, self.source = unwrapped, scheduler, make_pipeline, source
+        self.identity = {name: value for name, value in vars(args).items() if name not in arguments.FREE_ON_RESUME}
+        self.identity |= {
+            "data_fingerprint": source.fingerprint(),
+            "mixed_precision": accelerator.mixed_precision,
+            # The other schedules depend on where they end.
+            "max_train_steps": None if args.lr_scheduler.startswith("constant") else args.max_train_steps,
+            "total_batch_size": self.total_batch_size,
+            **identity,
+        }
+        self.state = {
+            "step": 0,
+            "identity": self.identity,
+            "train_seconds": 0.0,
+            "nonfinite_steps": 0,
+            "skipped_steps": 0,
+            "last_loss": None,
+            "ema_updates": 0,
+            "stream": None,
+            "environment": loop.describe_environment(Path(__file__).parent),
+        }
+        if self.checkpoint is not None:
+            self.state |= json.loads((self.checkpoint / checkpoints.STATE_NAME).read_text())
+            if self.state["step"] > args.max_train_steps:
+                raise ValueError(
+                    f"`--max_train_steps` {args.max_train_steps} is below the {self.state['step']} steps of "
+                    f"{self.checkpoint.name}."
+                )
+            loop.check_resume(self.state["identity"], self.identity, defaults)
+
+        if args.gradient_checkpointing:
+            unwrapped.enable_gradient_checkpointing()
+        unwrapped.train()
+        trained = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups or [{"params": trained}],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        self.learning_rate_at = loop.make_lr_schedule(
+            args.lr_scheduler, args.learning_rate, args.lr_warmup_steps, args.max_train_steps
+        )
+        self.model, self.optimizer = accelerator.prepare(unwrapped, self.optimizer)
+        self.ema = None
+        if args.use_ema:
+            self.ema = loop.make_ema(unwrapped.parameters(), args.ema_decay, args.ema_warmup_steps)
+        accelerator.register_save_state_pre_hook(self._save_model)
+        accelerator.register_load_state_pre_hook(self._load_model)
+        if self.checkpoint is not None:
+            accelerator.load_state(str(self.checkpoint))
+            if self.ema is not None:
+                self._load_ema()
+
+        self.loader = make_loader(self)
+        if self.state["stream"] is not None:
+            self.loader.load_state_dict(self.state["stream"])
+        self._batches = iter(self.loader)
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            loop.write_json(self.output_dir / "args.json", vars(args))
+            self._log = loop.TrainingLog(self.output_dir / "training_log.jsonl", self.state["step"])
+        accelerator.init_trackers(self.name, {name: str(value) for name, value in vars(args).items()})
+        self._guard = loop.NonFiniteGuard(args.max_nonfinite_steps, self.state["nonfinite_steps"])
+        self._bad_images: dict[str, None] = {}
+
+    def _save_model(self, models, weights, folder) -> None:
+        if not self.is_sharded:
+            weights.clear()  # accelerate would save them once more
+            if self.is_main:
+                self.unwrapped.save_pretrained(Path(folder) / self.component)
+
+    def _load_model(self, models, folder) -> None:
+        if not self.is_sharded:
+            models.clear()
+            saved = type(self.unwrapped).from_pretrained(folder, subfolder=self.component)
+            self.unwrapped.load_state_dict(saved.state_dict())
+
+    def _shard_of_ema(self, folder: Path) -> Path:
+        return folder / f"ema-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.safetensors"
+
+    def _load_ema(self) -> None:
+        if self.is_sharded:
+            shard = load_file(self._shard_of_ema(self.checkpoint))
+            for i, parameter in enumerate(self.ema.shadow_params):
+                _local(parameter).copy_(shard[str(i)])
+        else:
+            averaged = type(self.unwrapped).from_pretrained(self.checkpoint, subfolder=f"{self.component}_ema")
+            self.ema.load_state_dict({**self.ema.state_dict(), "shadow_params": list(averaged.parameters())})
+            self.ema.to(self.accelerator.device)
+        self.ema.optimization_step = self.state["ema_updates"]
+
+    def steps(self) -> Iterator[int]:
+        """Yields every optimizer step that is left, from 0, with the learning rate set."""
+        args = self.args
+        self._stop = loop.StopRequest()
+        first_step, first_seconds, start = self.state["step"], self.state["train_seconds"], time.monotonic()
+        num_params = sum(parameter.numel() for parameter in self.unwrapped.parameters())
+        self.accelerator.print(
+            f"{self.source.name}: {self.source.num_images or 'a stream of'} images, {num_params:,} parameters, total "
+            f"batch size {self.total_batch_size}, steps {first_step} to {args.max_train_steps}"
+        )
+        self.progress = tqdm(total=args.max_train_steps, initial=first_step, disable=not self.is_main, mininterval=1)
+        for step in range(first_step, args.max_train_steps):
+            self._step_start = time.monotonic()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate_at(step) * group.get("lr_scale", 1.0)
+            yield step
+            self.state["train_seconds"] = first_seconds + time.monotonic() - start
+        self.progress.close()
+        self._stop.restore()
+
+    def micro_batches(self, step: int) -> Iterator[dict]:
+        """
+        Args:
+            step (`int`): the optimizer step.
+
+        Yields:
+            `dict`: the batches of the step, see `data.collate_examples`.
+
+        Raises:
+            `ValueError`: where more images than `--max_bad_images` cannot be read.
+        """
+        for micro_step in range(self.args.gradient_accumulation_steps):
+            batch = next(self._batches)
+            # Dropout draws from the global generator: seeding it here makes it a function of the step.
+            torch.manual_seed(keyed_seed(self.args.seed, "step", step, micro_step, self.accelerator.process_index))
+            yield batch
+            for name in batch["bad_images"]:
+                if name not in self._bad_images:
+                    self._bad_images[name] = None
+                    tqdm.write(f"Skipped an image that cannot be read: {name}")
+            if len(self._bad_images) > self.args.max_bad_images:
+                raise ValueError(
+                    f"More than `--max_bad_images` {self.args.max_bad_images} images cannot be read: "
+                    f"{', '.join(self._bad_images)}"
+                )
+
+    def optimizer_step(self, step: int) -> None:
+        """
+        Where the gradients of the global batch are complete: clips them, and steps unless they are to be skipped.
+
+        Args:
+            step (`int`): the optimizer step, for the message.
+
+        Raises:
+            `FloatingPointError`: after too many gradients in a row that are not finite.
+        """
+        accelerator = self.accelerator
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.args.max_grad_norm)
+            self.grad_norm = float(
+                self.model.get_global_grad_norm() if norm is None else norm
+            )  # DeepSpeed has its own
+            is_finite = self._guard.is_finite(self.grad_norm, step)
+            limit = self.args.skip_grad_norm
+            is_skipped = is_finite and limit is not None and self.grad_norm > limit
+            self.state["skipped_steps"] += is_skipped
+            # With fp16, the gradient scaler skips the step itself and lowers its scale.
+            if (is_finite and not is_skipped) or accelerator.scaler is not None:
+                self.optimizer.step()
+                if is_finite and self.ema is not None:
+                    self.ema.step(self.unwrapped.parameters())
+        self.optimizer.zero_grad()
+
+    def end_step(self, step: int, **sums: torch.Tensor) -> None:
+        """
+        Logs a step, and saves or leaves where it is time.
+
+        Args:
+            step (`int`): the optimizer step that was done.
+            sums (`torch.Tensor` of shape `()`):
+                What to log, `loss` among them: sums over this process's micro-batches of their means.
+
+        Raises:
+            `SystemExit`: after saving, when a signal asked to stop.
+        """
+        args, accelerator = self.args, self.accelerator
+        step += 1
+        # One reduction a step: the means of the global batch, and whether any process was asked to stop.
+        local = [value.detach().float() / args.gradient_accumulation_steps for value in sums.values()]
+        local.append(torch.tensor(float(self._stop.signal_number), device=accelerator.device))
+        *means, stop_signal = accelerator.reduce(torch.stack(local), reduction="mean").tolist()
+        values = dict(zip(sums, means, strict=True))
+        self.state["step"] = step
+        self.state["last_loss"] = values["loss"] if math.isfinite(values["loss"]) else None
+        self.state["nonfinite_steps"] = self._guard.total
+        values |= {
+            "lr": self.learning_rate_at(step - 1),
+            "grad_norm": self.grad_norm,
+            "images_per_second": self.total_batch_size / (time.monotonic() - self._step_start),
+            "ema_decay": (self.ema.cur_decay_value or 0.0) if self.ema is not None else 0.0,
+            "nonfinite_steps": self._guard.total,
+        }
+        if args.skip_grad_norm is not None:
+            values["skipped_steps"] = self.state["skipped_steps"]
+        self.progress.update()
+        self.progress.set_postfix(
+            {name: f"{values[name]:.3g}" for name in (*sums, "lr", "images_per_second")}, refresh=False
+        )
+        accelerator.log(values, step=step)
+        if self.is_main:
+            self._log.write(step=step, **values)
+        if stop_signal or step == args.max_train_steps or step % args.checkpointing_steps == 0:
+            self.save()
+        if stop_signal:
+            self.progress.close()
+            accelerator.end_training()
+            accelerator.print(f"Stopped at step {step}. Go on with --resume_from_checkpoint latest.")
+            raise SystemExit(128 + (self._stop.signal_number or 15))
+
+    @contextlib.contextmanager
+    def averaged_pipeline(self) -> Iterator[DiffusionPipeline | None]:
+        """
+        The pipeline with the averaged weights, for as long as the block lasts. To be entered by all processes where
+        [`is_sharded`]; it is `None` on the others then.
+        """
+        self.unwrapped.eval()
+        if self.ema is not None:
+            self.ema.store(self.unwrapped.parameters())
+            self.ema.copy_to(self.unwrapped.parameters())
+        try:
+            if self.is_sharded:
+                state_dict = self.accelerator.get_state_dict(self.model)
+                pipeline = None
+                if self.is_main:
+                    whole = type(self.unwrapped).from_config(self.unwrapped.config)
+                    whole.load_state_dict(state_dict)
+                    pipeline = self.make_pipeline(whole.to(self.accelerator.device).eval())
+                yield pipeline
+            else:
+                yield self.make_pipeline(self.unwrapped)
+        finally:
+            if self.ema is not None:
+                self.ema.restore(self.unwrapped.parameters())
+            self.unwrapped.train()
+
+    def save(self) -> None:
+        """Writes all that the run needs to go on, in `checkpoint-<step>`."""
+        if self.ema is not None:
+            self.state["ema_updates"] = self.ema.optimization_step
+        if isinstance(self.loader, data.StreamingLoader):
+            self.state["stream"] = self.loader.state_dict()
+
+        def write(folder: Path) -> None:
+            # A checkpoint is between two optimizer steps: a run that goes on may have other micro-steps.
+            self.accelerator.step = 0
+            self.accelerator.save_state(str(folder))
+            if self.is_sharded and self.ema is not None:
+                shard = {str(i): _local(parameter) for i, parameter in enumerate(self.ema.shadow_params)}
+                save_file(shard, self._shard_of_ema(folder))
+            if self.is_main:
+                if self.ema is not None and not self.is_sharded:
+                    with self.averaged_pipeline() as pipeline:
+                        getattr(pipeline, self.component).save_pretrained(folder / f"{self.component}_ema")
+                self.scheduler.save_pretrained(folder / "scheduler")
+                loop.write_json(folder / checkpoints.STATE_NAME, self.state)
+
+        checkpoints.save_checkpoint(
+            self.accelerator, self.output_dir, self.state["step"], write, self.args.checkpoints_total_limit
+        )
+
+    def is_time_to_validate(self, step: int) -> bool:
+        """
+        Args:
+            step (`int`): the optimizer step that was done.
+
+        Returns:
+            `bool`: whether this process enters [`averaged_pipeline`] to look at the model after it.
+        """
+        return (step + 1) % self.args.validation_steps == 0 and (self.is_main or self.is_sharded)
+
+    def draw_samples(self, pipeline: DiffusionPipeline) -> list:
+        """
+        Samples of every class in turn, from generators of their own: training draws the same with and without them.
+
+        Args:
+            pipeline ([`~diffusers.DiffusionPipeline`]): from [`averaged_pipeline`].
+
+        Returns:
+            `list[PIL.Image.Image]`.
+        """
+        args, model = self.args, getattr(pipeline, self.component)
+        num_classes, num_images = model.config.num_classes, args.num_validation_images
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            class_labels=[i % num_classes for i in range(num_images)] if num_classes is not None else None,
+            num_images_per_prompt=num_images if num_classes is None else 1,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale if model.null_class_label is not None else 1.0,
+            generator=[
+                torch.Generator().manual_seed(keyed_seed(args.seed, "validation", i)) for i in range(num_images)
+            ],
+        ).images
+
+    def save_samples(self, step: int, pipeline: DiffusionPipeline) -> None:
+        """
+        Draws the grid of a validation into `samples/` and the tracker.
+
+        Args:
+            step (`int`): the optimizer step that was done.
+            pipeline ([`~diffusers.DiffusionPipeline`]): from [`averaged_pipeline`].
+        """
+        if not self.args.num_validation_images:
+            return
+        grid = make_grid(self.draw_samples(pipeline))
+        (self.output_dir / "samples").mkdir(exist_ok=True)
+        grid.save(self.output_dir / "samples" / f"step-{step + 1}.png")
+        for writer in self.accelerator.trackers:
+            if writer.name == "tensorboard":
+                pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
+                pixels = pixels.view(grid.height, grid.width, 3)
+                writer.writer.add_image("samples", pixels, step + 1, dataformats="HWC")
+
+    def finish(self, write_extras: Callable[[DiffusionPipeline, Path], dict] | None = None) -> None:
+        """
+        Saves the pipeline with the averaged weights beside the checkpoints, and publishes it where asked.
+
+        Args:
+            write_extras (`Callable`, *optional*):
+                Given the pipeline and the folder that becomes the pipeline's; returns more facts for the model card.
+        """
+        if self.is_main or self.is_sharded:
+            with self.averaged_pipeline() as pipeline:
+                if self.is_main:
+                    self._save_pipeline(pipeline, write_extras)
+        if self.is_main and self.args.push_to_hub:
+            from ..hub import publish
+
+            published = publish(
+                self.output_dir,
+                self.args.hub_model_id or self.output_dir.name,
+                private=self.args.hub_private_repo,
+                license=self.args.hub_license,
+            )
+            self.accelerator.print(f"Published at {published.url}")
+        self.accelerator.end_training()
+
+    def _save_pipeline(self, pipeline: DiffusionPipeline, write_extras) -> None:
+        args, state = self.args, self.state
+        partial = self.output_dir / f"{checkpoints.PARTIAL_PREFIX}pipeline"
+        partial.mkdir()
+        summary = {
+            "objective": args.objective,
+            "steps": state["step"],
+            "train_batch_size": self.total_batch_size,
+            "images_seen": state["step"] * self.total_batch_size,
+            "train_hours": state["train_seconds"] / 3600,
+            "seed": args.seed,
+            "final_loss": state["last_loss"],
+            "nonfinite_steps": state["nonfinite_steps"],
+            "ema_decay": args.ema_decay if self.ema is not None else None,
+            "dataset": {
+                "name": self.source.name,
+                "num_images": self.source.num_images,
+                "num_classes": self.unwrapped.config.num_classes,
+                **self.source.facts,
+            },
+            "args": self.identity,
+            **state["environment"],
+        }
+        pipeline.save_pretrained(partial)
+        if args.num_validation_images:
+            make_grid(self.draw_samples(pipeline)).save(partial / "samples.png")
+            summary["sample_grid"] = {
+                "file": "samples.png",
+                "seed": args.seed,
+                "guidance_scale": args.validation_guidance_scale,
+                "num_inference_steps": args.validation_inference_steps,
+                "scheduler": type(self.scheduler).__name__,
+            }
+        if write_extras is not None:
+            summary |= write_extras(pipeline, partial)
+        loop.write_json(partial / "training_summary.json", summary)
+        checkpoints.commit_pipeline(partial, self.output_dir)
+        self.accelerator.print(f"Saved the pipeline to {self.output_dir}")
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter that FSDP may have split."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def make_loader(run: TrainingRun, transform: data.ImageTransform) -> data.DataLoader | data.StreamingLoader:
+    """
+    The batches of a run that trains on pixels.
+
+    Args:
+        run ([`TrainingRun`]): started as far as its step.
+        transform ([`ImageTransform`]): from image to tensor.
+
+    Returns:
+        `DataLoader` or [`StreamingLoader`].
+    """
+    args, accelerator = run.args, run.accelerator
+    if args.streaming:
+        if args.shuffle_buffer_size:
+            accelerator.print("With --shuffle_buffer_size a resumed run does not see the same rows: not bit for bit.")
+        return data.StreamingLoader(
+            run.source,
+            transform,
+            args.train_batch_size,
+            args.seed,
+            accelerator.num_processes,
+            accelerator.process_index,
+            args.shuffle_buffer_size,
+            args.dataloader_num_workers,
+        )
+    return data.make_dataloader(run.source, transform, make_sampler(run), args.seed, args.dataloader_num_workers)
+
+
+def make_sampler(run: TrainingRun) -> data.GlobalBatchSampler:
+    """
+    Args:
+        run ([`TrainingRun`]): started as far as its step.
+
+    Returns:
+        [`GlobalBatchSampler`] of this process, from the first sample that the run has not seen.
+    """
+    args, accelerator = run.args, run.accelerator
+    return data.GlobalBatchSampler(
+        len(run.source),
+        args.train_batch_size,
+        args.seed,
+        accelerator.num_processes,
+        accelerator.process_index,
+        first_micro_step=run.state["step"] * args.gradient_accumulation_steps,
+    )
+
+
+def make_grid(images: list):
+    """
+    Args:
+        images (`list[PIL.Image.Image]`): of one size.
+
+    Returns:
+        `PIL.Image.Image`: all of them, as square as it gets, small ones enlarged.
+    """
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    size = max(64, images[0].width)
+    blank = images[0].copy()
+    blank.paste(0, (0, 0, *blank.size))
+    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns, resize=size)

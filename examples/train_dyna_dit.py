@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Trains a dynamic diffusion transformer, from scratch or from a static, converted or dynamic checkpoint, in pixels or in
+the latents of a VAE, by flow matching or DDPM.
+
+A static model of Fashion-MNIST on a CPU, then the same model at a budget of 0.6, and its control, fine-tuned for just
+as long without one:
+
+    python examples/train_dyna_dit.py --static --dataset fashion-mnist --data_root data/fashion-mnist --resolution 32 \
+        --patch_size 4 --num_layers 6 --num_attention_heads 8 --attention_head_dim 16 --output_dir outputs/static
+    python examples/train_dyna_dit.py --pretrained_model_name_or_path outputs/static --sort_by_importance --budget 0.6 \
+        --router_learning_rate 1e-2 --dataset fashion-mnist --data_root data/fashion-mnist --resolution 32 \
+        --output_dir outputs/budget-0.6
+    python examples/train_dyna_dit.py --pretrained_model_name_or_path outputs/static --static \
+        --dataset fashion-mnist --data_root data/fashion-mnist --resolution 32 --output_dir outputs/control
+
+A converted DiT-XL/2 to a budget of 0.5, as the paper does it, on eight GPUs (not run by the authors):
+
+    python examples/convert_checkpoint.py --checkpoint_path DiT-XL-2-256x256.pt --source dit --output_dir dit-xl
+    accelerate launch --config_file examples/configs/multi_gpu.yaml examples/train_dyna_dit.py \
+        --pretrained_model_name_or_path dit-xl --sort_by_importance --budget 0.5 --router_mode threshold \
+        --vae stabilityai/sd-vae-ft-ema --train_data_dir imagenet/train --resolution 256 --random_flip \
+        --objective epsilon --learn_sigma --time_sampling stratified --learning_rate 1e-4 --lr_scheduler constant \
+        --train_batch_size 32 --max_train_steps 200000 --complete_loss_steps 30000 --skip_grad_norm 200 \
+        --ema_warmup_steps 0 --mixed_precision bf16 --output_dir outputs/dydit-xl-0.5
+
+`examples/configs/` has launch configurations for one device, data parallel, FSDP and DeepSpeed; several processes on a
+CPU are started with `ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/train_dyna_dit.py ...`.
+
+Stop it whenever you like (Ctrl-C saves first; even a kill loses only what came after the last checkpoint) and repeat
+the command with `--resume_from_checkpoint latest`: the weights end the same, bit for bit on one machine. Publish with
+`--push_to_hub`, or later with `diffusers_dyna.hub.publish`.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+
+from diffusers_dyna import DYNA_DIT_CONFIGS, DynaDiTPipeline, DynaDiTTransformer2DModel
+from diffusers_dyna.conversion import sort_by_importance
+from diffusers_dyna.hub import check_can_publish
+from diffusers_dyna.training import arguments, budget, data, latents, objectives
+from diffusers_dyna.training.randomness import keyed_randn, keyed_seed, keyed_uniform
+from diffusers_dyna.training.run import TrainingRun, make_loader
+
+
+SHAPE = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "qk_norm")
+NUM_ACTIVITY_IMAGES, NUM_ACTIVITY_TIMES = 8, 20
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    arguments.add_data_arguments(parser)
+    group = parser.add_argument_group("latents")
+    group.add_argument("--vae", help="AutoencoderKL, a name or a path, whose latents to train on. Default: pixels.")
+    group.add_argument("--vae_subfolder", help="Folder of the VAE in there, such as vae of a whole pipeline.")
+    group.add_argument("--latent_cache_dir", help="Where its latents are kept. Default: latents in --output_dir.")
+    group.add_argument("--vae_batch_size", type=int, default=32, help="Images encoded at a time. Default: 32.")
+    group = parser.add_argument_group("model (defaults are DynaDiTTransformer2DModel's)")
+    group.add_argument("--pretrained_model_name_or_path", help="Start from these weights: a pipeline or transformer.")
+    group.add_argument("--preset", choices=list(DYNA_DIT_CONFIGS), help="A public size, such as DiT-S/2.")
+    group.add_argument("--patch_size", type=int, help="Side of a patch. Default: 2.")
+    group.add_argument("--num_layers", type=int, help="Transformer blocks. Default: 12.")
+    group.add_argument("--num_attention_heads", type=int, help="Heads, and channel groups of the MLP. Default: 6.")
+    group.add_argument("--attention_head_dim", type=int, help="Width of a head. Default: 64.")
+    group.add_argument("--mlp_ratio", type=float, help="Hidden width of the MLP over the width. Default: 4.")
+    group.add_argument(
+        "--qk_norm", choices=("layer_norm", "rms_norm"), help="Norm of queries and keys. Default: none."
+    )
+    group.add_argument(
+        "--class_dropout_prob", type=float, help="Share of labels dropped, for guidance; in [0, 1]. Default: 0.1."
+    )
+    group.add_argument(
+        "--router_mode",
+        choices=("capacity", "threshold"),
+        help="The routers' rule. Default: that of the weights it starts from, else capacity.",
+    )
+    group.add_argument(
+        "--sort_by_importance",
+        action="store_true",
+        help="Before the first step, order heads and channels by magnitude: the first group, always on, matters most.",
+    )
+    group = parser.add_argument_group("budget")
+    group.add_argument(
+        "--static",
+        action="store_true",
+        help="Train the complete model, without routers: before a budget, or beside one as its control.",
+    )
+    group.add_argument("--budget", type=float, default=0.7, help="Compute ratio to reach, in (0, 1]. Default: 0.7.")
+    group.add_argument("--budget_loss_weight", type=float, default=2.0, help="Weight of its loss. Default: 2.")
+    group.add_argument("--budget_warmup_steps", type=int, default=100, help="Steps at a budget of 1. Default: 100.")
+    group.add_argument(
+        "--budget_decay_steps", type=int, default=1000, help="Steps from there to --budget. Default: 1000."
+    )
+    group.add_argument(
+        "--complete_loss_steps",
+        type=int,
+        default=0,
+        help="Train the complete model too, on the same noise, for the first so many steps. Default: 0.",
+    )
+    group.add_argument("--router_learning_rate", type=float, help="Of the routers. Default: --learning_rate.")
+    arguments.add_objective_arguments(parser)
+    parser.add_argument(
+        "--learn_sigma",
+        action="store_true",
+        help="Learn the variances too, by the variational bound; with --objective epsilon.",
+    )
+    arguments.add_optimization_arguments(parser)
+    arguments.add_run_arguments(parser, output_dir="outputs/dyna-dit")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises on everything that can be known to be wrong before data and model are touched."""
+    arguments.check_arguments(args)
+    if not 0 < args.budget <= 1:
+        raise ValueError(f"`--budget` {args.budget} must be in (0, 1]; 1 is the complete model.")
+    for name in ("budget_warmup_steps", "budget_decay_steps", "complete_loss_steps"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be at least 0.")
+    for name in ("budget_loss_weight", "router_learning_rate", "vae_batch_size"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be above 0.")
+    if args.learn_sigma and args.objective != "epsilon":
+        raise ValueError("`--learn_sigma` is for `--objective epsilon`: a flow has no variances to learn.")
+    if args.vae is None and (args.latent_cache_dir or args.vae_subfolder):
+        raise ValueError("`--latent_cache_dir` and `--vae_subfolder` are for `--vae`.")
+    if args.vae is not None and args.streaming:
+        raise ValueError("`--vae` caches the latents of all images, so it cannot be used with `--streaming`.")
+    given = [name for name in ("preset", *SHAPE) if getattr(args, name) is not None]
+    if args.pretrained_model_name_or_path is not None and given:
+        raise ValueError(
+            f"{', '.join(f'`--{name}`' for name in given)} and `--pretrained_model_name_or_path` both define the model."
+        )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_arguments(args)
+        # One process asks for all: the Hub limits how often a token may be checked.
+        if args.push_to_hub and os.environ.get("RANK", "0") == "0":
+            check_can_publish(args.hub_model_id or Path(args.output_dir).name)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return args
+
+
+def make_transformer(args: argparse.Namespace, source: data.ImageSource, size: int) -> DynaDiTTransformer2DModel:
+    """
+    The model at the start of a run. `size` is the side of its input.
+    """
+    num_classes = len(source.id2label) if source.id2label is not None else None
+    expected = {"sample_size": size, "in_channels": source.channels, "num_classes": num_classes}
+    expected["learn_sigma"] = args.learn_sigma
+    if args.class_dropout_prob is not None:
+        expected["class_dropout_prob"] = args.class_dropout_prob
+    path = args.pretrained_model_name_or_path
+    if path is None:
+        config = DYNA_DIT_CONFIGS[args.preset] if args.preset else {}
+        shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+        return DynaDiTTransformer2DModel(
+            **{**config, **expected, **shape, "router_mode": args.router_mode or "capacity"}
+        )
+
+    subfolder = "transformer" if (Path(path) / "transformer").is_dir() or not Path(path).is_dir() else None
+    transformer = DynaDiTTransformer2DModel.from_pretrained(path, subfolder=subfolder)
+    different = [
+        f"`{name}`={transformer.config[name]!r} instead of {value!r}"
+        for name, value in expected.items()
+        if transformer.config[name] != value
+    ]
+    if different:
+        raise ValueError(
+            f"`--pretrained_model_name_or_path` {path} does not fit this run: it has {', '.join(different)}."
+        )
+    if args.router_mode not in (None, transformer.config.router_mode):
+        weights = transformer.state_dict()
+        transformer = DynaDiTTransformer2DModel.from_config(transformer.config, router_mode=args.router_mode)
+        routers = ("attn_rate", "mlp_rate", "token_rate", "token_selection")
+        kept = {name: weight for name, weight in weights.items() if not any(part in name for part in routers)}
+        transformer.load_state_dict(kept, strict=False)
+    return transformer
+
+
+def router_parameters(transformer: DynaDiTTransformer2DModel) -> list[torch.nn.Parameter]:
+    routers = ("attn_rate", "mlp_rate", "token_rate", "token_selection")
+    return [p for name, p in transformer.named_parameters() if any(part in name for part in routers)]
+
+
+def make_activity_batch(source: data.ImageSource, transform, seed: int) -> dict:
+    """A few images from all over the data, the same at every validation."""
+    images = data.TrainingImages(source, transform, seed)
+    count = min(NUM_ACTIVITY_IMAGES, len(source))
+    return data.collate_examples([images[i, i * len(source) // count] for i in range(count)])
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Everything that can be wrong is found before anything is written
+    run = TrainingRun(args, "train_dyna_dit", "transformer", can_shard=True)
+    accelerator = run.accelerator
+    source = data.open_image_source(args)
+    resolution = args.resolution or source.native_size or 32
+    transform = data.ImageTransform(resolution, source.channels, args.center_crop, args.random_flip)
+    vae, size = None, resolution
+    if args.vae is not None:
+        vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder).to(accelerator.device)
+        vae.requires_grad_(False).eval()
+        source = latents.build_latent_cache(
+            args.latent_cache_dir or run.output_dir / "latents",
+            source,
+            transform,
+            vae,
+            accelerator,
+            batch_size=args.vae_batch_size,
+            num_workers=args.dataloader_num_workers,
+            max_bad_images=args.max_bad_images,
+        )
+        transform, size = latents.LatentTransform(vae), source.native_size
+    set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
+    transformer = make_transformer(args, source, size)
+    if args.sort_by_importance and run.checkpoint is None:
+        sort_by_importance(transformer)
+    scheduler = objectives.make_training_scheduler(
+        args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule, args.learn_sigma
+    )
+
+    # 2. Model, optimizer, averages, data
+    routers = router_parameters(transformer)
+    groups = None
+    if args.static:
+        for parameter in routers:
+            parameter.requires_grad_(False)
+    else:
+        is_router = {id(parameter) for parameter in routers}
+        groups = [
+            {"params": [p for p in transformer.parameters() if id(p) not in is_router]},
+            {"params": routers, "lr_scale": (args.router_learning_rate or args.learning_rate) / args.learning_rate},
+        ]
+    run.start(
+        transformer,
+        scheduler,
+        lambda model: DynaDiTPipeline(model, scheduler, vae=vae, id2label=source.id2label),
+        source,
+        lambda run: make_loader(run, transform),
+        identity={"resolution": resolution},
+        defaults=vars(make_parser().parse_args([])),
+        parameter_groups=groups,
+    )
+    activity_batch = None
+    if not (args.static or args.streaming):
+        activity_batch = make_activity_batch(source, transform, args.seed)
+
+    def measure_activity(model: DynaDiTTransformer2DModel) -> dict:
+        sample = activity_batch["pixel_values"].to(accelerator.device)
+        noise = keyed_randn(args.seed, "activity", range(len(sample)), sample.shape[1:]).to(accelerator.device)
+        sigmas = (torch.arange(NUM_ACTIVITY_TIMES) + 0.5) / NUM_ACTIVITY_TIMES
+        timesteps = objectives.sigmas_to_timesteps(scheduler, sigmas).to(accelerator.device)
+        noisy = torch.stack([scheduler.add_noise(sample, noise, time.expand(len(sample))) for time in timesteps])
+        labels = None
+        if source.id2label is not None:
+            labels = activity_batch["class_labels"].to(accelerator.device)
+        return budget.measure_activity(model, noisy, timesteps, labels)
+
+    def log_activity(step: int, model: DynaDiTTransformer2DModel) -> None:
+        """What inference costs by timestep and by layer, of the averaged weights."""
+        activity = measure_activity(model)
+        tokens = activity["tokens"].mean(dim=(1, 3))
+        line = {
+            "step": step + 1,
+            "compute_ratio": activity["compute_ratio"].mean().item(),
+            "timesteps": activity["timesteps"].tolist(),
+            "compute_ratio_by_timestep": activity["compute_ratio"].tolist(),
+            "heads_by_layer": activity["attn"].mean(dim=(0, 2)).tolist(),
+            "groups_by_layer": activity["mlp"].mean(dim=(0, 2)).tolist(),
+            "tokens_by_layer": tokens.mean(dim=0).tolist(),
+        }
+        with (run.output_dir / "activity_log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        accelerator.log({"deterministic_compute_ratio": line["compute_ratio"]}, step=step + 1)
+
+    # 3. Train
+    num_tokens = (size // transformer.config.patch_size) ** 2
+    num_gates = 2 * (transformer.config.num_attention_heads - 1) + num_tokens
+    with_complete_loss = not args.static and args.complete_loss_steps > 0
+    for step in run.steps():
+        names = ["loss", "diffusion_loss", *([] if args.static else ["compute_ratio"])]
+        sums = {name: torch.zeros((), device=accelerator.device) for name in names}
+        target_ratio = budget.budget_at(step, args.budget, args.budget_warmup_steps, args.budget_decay_steps)
+        for batch in run.micro_batches(step):
+            indices = batch["sample_indices"]
+            with accelerator.accumulate(run.model):
+                sample = batch["pixel_values"].to(accelerator.device)
+                noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:]).to(accelerator.device)
+                sigmas = objectives.sample_sigmas(
+                    args.time_sampling, args.seed, indices, run.total_batch_size, args.logit_mean, args.logit_std
+                )
+                timesteps = objectives.sigmas_to_timesteps(scheduler, sigmas).to(accelerator.device)
+                class_labels = dropout_mask = gate_noise = None
+                if source.id2label is not None:
+                    class_labels = batch["class_labels"].to(accelerator.device)
+                    if transformer.null_class_label is not None:
+                        dropout_mask = keyed_uniform(args.seed, "class_dropout", indices)
+                        dropout_mask = (dropout_mask < transformer.config.class_dropout_prob).to(accelerator.device)
+                if not args.static and transformer.config.router_mode == "threshold":
+                    shape = (transformer.config.num_layers, num_gates)
+                    gate_noise = keyed_uniform(args.seed, "gates", indices, shape).float().to(accelerator.device)
+
+                noisy_sample = scheduler.add_noise(sample, noise, timesteps)
+                target = objectives.training_target(scheduler, sample, noise, timesteps)
+
+                def predict(complete_model: bool):
+                    output = run.model(
+                        noisy_sample,
+                        timesteps,
+                        class_labels,
+                        complete_model=complete_model,
+                        output_masks=not complete_model,
+                        class_dropout_mask=dropout_mask,
+                        gate_noise=gate_noise,
+                    )
+                    prediction, variance = output.sample.float(), None
+                    if args.learn_sigma:
+                        prediction, variance = prediction.chunk(2, dim=1)
+                    loss = F.mse_loss(prediction, target.float())
+                    if args.learn_sigma:
+                        loss = loss + objectives.variational_bound(
+                            scheduler, prediction.detach(), variance, sample, noisy_sample, timesteps
+                        )
+                    return loss, output.compute_ratio
+
+                loss, compute_ratio = predict(complete_model=args.static)
+                sums["diffusion_loss"] += loss.detach()
+                if not args.static:
+                    sums["compute_ratio"] += compute_ratio.detach().mean()
+                    loss = loss + args.budget_loss_weight * budget.budget_loss(
+                        compute_ratio, target_ratio, accelerator
+                    )
+                    if with_complete_loss and step < args.complete_loss_steps:
+                        loss = loss + predict(complete_model=True)[0]
+                accelerator.backward(loss)
+                sums["loss"] += loss.detach()
+                run.optimizer_step(step)
+        run.end_step(step, **sums)
+
+        if run.is_time_to_validate(step):
+            with run.averaged_pipeline() as pipeline:
+                if run.is_main:
+                    run.save_samples(step, pipeline)
+                    if activity_batch is not None:
+                        log_activity(step, pipeline.transformer)
+
+    # 4. The pipeline, from the averages
+    def write_extras(pipeline: DynaDiTPipeline, folder: Path) -> dict:
+        if activity_batch is None:
+            return {"budget": None, "compute_ratio": 1.0}
+        activity = measure_activity(pipeline.transformer)
+        return {"budget": args.budget, "compute_ratio": activity["compute_ratio"].mean().item()}
+
+    run.finish(write_extras)
+
+
+if __name__ == "__main__":
+    main(parse_args())
