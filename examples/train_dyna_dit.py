@@ -33,7 +33,7 @@ the command with `--resume_from_checkpoint latest`: the weights end the same, bi
 """
 
 import argparse
-import json
+import importlib.util
 import os
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from diffusers import AutoencoderKL
 from diffusers_dyna import DYNA_DIT_CONFIGS, DynaDiTPipeline, DynaDiTTransformer2DModel
 from diffusers_dyna.conversion import sort_by_importance
 from diffusers_dyna.hub import check_can_publish
-from diffusers_dyna.training import arguments, budget, data, latents, objectives
+from diffusers_dyna.training import activity, arguments, budget, data, latents, loop, objectives
 from diffusers_dyna.training.randomness import keyed_randn, keyed_seed, keyed_uniform
 from diffusers_dyna.training.run import TrainingRun, make_loader
 
@@ -211,11 +211,13 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.accelerator
     source = data.open_image_source(args)
     resolution = args.resolution or source.native_size or 32
-    transform = data.ImageTransform(resolution, source.channels, args.center_crop, args.random_flip)
-    vae, size = None, resolution
+    vae, channels, size = None, source.channels, resolution
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder).to(accelerator.device)
         vae.requires_grad_(False).eval()
+        channels = vae.config.in_channels
+    transform = data.ImageTransform(resolution, channels, args.center_crop, args.random_flip)
+    if vae is not None:
         source = latents.build_latent_cache(
             args.latent_cache_dir or run.output_dir / "latents",
             source,
@@ -258,8 +260,9 @@ def main(args: argparse.Namespace) -> None:
         parameter_groups=groups,
     )
     activity_batch = None
-    if not (args.static or args.streaming):
+    if run.is_main and not (args.static or args.streaming):
         activity_batch = make_activity_batch(source, transform, args.seed)
+        activity_log = loop.TrainingLog(run.output_dir / "activity_log.jsonl", run.state["step"])
 
     def measure_activity(model: DynaDiTTransformer2DModel) -> dict:
         sample = activity_batch["pixel_values"].to(accelerator.device)
@@ -270,23 +273,22 @@ def main(args: argparse.Namespace) -> None:
         labels = None
         if source.id2label is not None:
             labels = activity_batch["class_labels"].to(accelerator.device)
-        return budget.measure_activity(model, noisy, timesteps, labels)
+        return activity.measure_activity(model, noisy, timesteps, labels)
 
     def log_activity(step: int, model: DynaDiTTransformer2DModel) -> None:
         """What inference costs by timestep and by layer, of the averaged weights."""
-        activity = measure_activity(model)
-        tokens = activity["tokens"].mean(dim=(1, 3))
+        measured = measure_activity(model)
+        tokens = measured["tokens"].mean(dim=(1, 3))
         line = {
             "step": step + 1,
-            "compute_ratio": activity["compute_ratio"].mean().item(),
-            "timesteps": activity["timesteps"].tolist(),
-            "compute_ratio_by_timestep": activity["compute_ratio"].tolist(),
-            "heads_by_layer": activity["attn"].mean(dim=(0, 2)).tolist(),
-            "groups_by_layer": activity["mlp"].mean(dim=(0, 2)).tolist(),
+            "compute_ratio": measured["compute_ratio"].mean().item(),
+            "timesteps": measured["timesteps"].tolist(),
+            "compute_ratio_by_timestep": measured["compute_ratio"].tolist(),
+            "heads_by_layer": measured["attn"].mean(dim=(0, 2)).tolist(),
+            "groups_by_layer": measured["mlp"].mean(dim=(0, 2)).tolist(),
             "tokens_by_layer": tokens.mean(dim=0).tolist(),
         }
-        with (run.output_dir / "activity_log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        activity_log.write(**line)
         accelerator.log({"deterministic_compute_ratio": line["compute_ratio"]}, step=step + 1)
 
     # 3. Train
@@ -363,9 +365,12 @@ def main(args: argparse.Namespace) -> None:
     # 4. The pipeline, from the averages
     def write_extras(pipeline: DynaDiTPipeline, folder: Path) -> dict:
         if activity_batch is None:
-            return {"budget": None, "compute_ratio": 1.0}
-        activity = measure_activity(pipeline.transformer)
-        return {"budget": args.budget, "compute_ratio": activity["compute_ratio"].mean().item()}
+            return {"budget": None, "compute_ratio": 1.0 if args.static else None}
+        measured = measure_activity(pipeline.transformer)
+        if importlib.util.find_spec("matplotlib"):
+            activity.plot_activity(measured, folder / "activity.png")
+            activity.plot_tokens(measured, activity_batch["pixel_values"], folder / "tokens.png")
+        return {"budget": args.budget, "compute_ratio": measured["compute_ratio"].mean().item()}
 
     run.finish(write_extras)
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files share: a U-Net small enough for a test, and the messages that diffusers logs."""
+"""What several test files share: models small enough for a test, and the messages that diffusers logs."""
 
 import contextlib
 import importlib.metadata
 import logging
+import math
 
 import pytest
 import torch
 
-from diffusers_dyna import DynaUNet2DModel
+from diffusers_dyna import DynaDiTTransformer2DModel, DynaUNet2DModel
 
 
 # diffusers 0.40 asks torch for the accelerator's type, also where there is none.
@@ -29,6 +30,16 @@ TINY_UNET = {
     "class_dropout_prob": 0.1,
 }
 UNCONDITIONAL = {"num_classes": None, "class_dropout_prob": 0.0}
+TINY_DIT = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_classes": 5,
+    "class_dropout_prob": 0.1,
+}
 
 
 def randomize_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -51,6 +62,103 @@ def tiny_unet(seed: int = 0, **overrides) -> DynaUNet2DModel:
         torch.manual_seed(seed)
         model = DynaUNet2DModel(**{**TINY_UNET, **overrides})
     return randomize_(model, seed).eval()
+
+
+def randomize_dit_(model: DynaDiTTransformer2DModel, seed: int = 0) -> DynaDiTTransformer2DModel:
+    """
+    Draws every parameter, so that the layers that start at zero count, every router switches some of its gates with the
+    timestep, and the scores of the tokens straddle zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dim = model.config.num_attention_heads * model.config.attention_head_dim
+    unit = 1 / math.sqrt(dim)
+
+    def draw(parameter, mean, std):
+        parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm_q.weight", "norm_k.weight")):
+                draw(parameter, 1.0, 0.3)
+            elif name.endswith("bias"):
+                draw(parameter, 0.0, 0.1)
+            elif "class_embedding" in name:
+                draw(parameter, 0.0, 0.5)
+            elif "pos_embed" not in name:
+                draw(parameter, 0.0, 1.5 * unit)
+        draw(model.time_embedding.linear_1.weight, 0.0, 0.1)  # 256 features, about half of them with the time
+        draw(model.time_embedding.linear_2.weight, 0.0, 2 * unit)
+        for block in model.transformer_blocks:
+            for router in (block.attn_rate, block.mlp_rate):
+                draw(router.weight, 0.0, 6 * unit)
+                draw(router.bias, 0.0, 2.0)
+            selection = block.token_selection
+            draw(selection.linear_1.weight, 0.0, 0.3 * unit)
+            draw(selection.linear_1.bias, 2.0, 0.1)  # most of the ReLUs pass
+            draw(selection.linear_2.weight, 0.0, 3.0)
+            selection.linear_2.bias.copy_(-2 * selection.linear_2.weight.sum(dim=1))
+            if block.token_rate is not None:
+                draw(block.token_rate.weight, 0.0, unit)
+                draw(block.token_rate.bias, 0.3, 0.3)
+    return model
+
+
+def tiny_dyna_dit(seed: int = 0, **overrides) -> DynaDiTTransformer2DModel:
+    """A transformer of 60 k parameters in evaluation mode; the same weights for the same seed and configuration."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DynaDiTTransformer2DModel(**{**TINY_DIT, **overrides})
+    return randomize_dit_(model, seed).eval()
+
+
+def masks_are_mixed(output, lowest: float = 0.2, highest: float = 0.9) -> bool:
+    """
+    Whether a call with `output_masks` exercises everything that is dynamic: part of the compute, sets of heads and groups
+    that differ by layer, and other tokens for other images.
+    """
+    groups = torch.cat([output.attn_masks, output.mlp_masks], dim=2)  # (B, L, 2 * heads)
+    tokens = output.token_masks  # (B, L, N)
+    return bool(
+        (output.compute_ratio >= lowest).all()
+        and (output.compute_ratio <= highest).all()
+        and (output.attn_masks == 0).any()
+        and (output.mlp_masks == 0).any()
+        and (groups[:, 0] != groups[:, 1]).any()
+        and (len(groups) == 1 or (tokens[0] != tokens[1:]).any(dim=2).any(dim=1).all())
+        and ((tokens == 0).any(dim=2) & (tokens == 1).any(dim=2)).any(dim=1).all()
+    )
+
+
+def assert_mixed(output, timesteps_differ: bool) -> None:
+    """Fails where a comparison of dynamic outputs would prove nothing."""
+    assert masks_are_mixed(output), (output.compute_ratio, output.attn_masks, output.mlp_masks, output.token_masks)
+    groups = torch.cat([output.attn_masks, output.mlp_masks], dim=2)
+    assert bool((groups[0] != groups[-1]).any()) == timesteps_differ, groups
+
+
+def dit_inputs(batch_size: int = 3, size: tuple[int, int] = (8, 8), same_time: bool = False) -> dict:
+    timestep = torch.full((batch_size,), 333.25) if same_time else torch.linspace(10.5, 900.0, batch_size)
+    return {
+        "hidden_states": randn(batch_size, 4, *size, seed=7),
+        "timestep": timestep,
+        "class_labels": torch.tensor([1, 2, 5, 0, 3])[:batch_size],
+    }
+
+
+def mixed_dyna_dit(arguments: dict, **config) -> DynaDiTTransformer2DModel:
+    """
+    The first draw of the weights with which `arguments` have mixed masks, other groups at other timesteps, and no layer
+    that leaves out all tokens.
+    """
+    for seed in range(100):
+        model = tiny_dyna_dit(seed, **config)
+        with torch.no_grad():
+            output = model(**arguments, output_masks=True)
+        groups = torch.cat([output.attn_masks, output.mlp_masks], dim=2)
+        timesteps_count = len(arguments["timestep"].unique()) == 1 or (groups[0] != groups[-1]).any()
+        if masks_are_mixed(output) and timesteps_count and (output.token_masks.sum(dim=(0, 2)) > 0).all():
+            return model
+    raise AssertionError(f"no mixed masks with {config}")
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -364,7 +364,10 @@ def _read(state_dict_or_path) -> Mapping:
     if path.suffix != ".json":
         return _read_file(path)
 
-    index = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no text
+        index = None
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{path} has no `weight_map`, so it is not the index of a sharded checkpoint.")
     shards = [path.parent / name for name in sorted(set(index["weight_map"].values()))]

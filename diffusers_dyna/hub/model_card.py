@@ -24,8 +24,10 @@ MAIN_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.s
 # What a card can be told, by the training summary or by `facts`, with the JSON type of each.
 FACTS = {
     "args": (dict,),
+    "budget": (int, float),
     "citation": (str,),
     "commit": (str,),
+    "compute_ratio": (int, float),
     "dataset": (dict,),
     "ema_decay": (int, float),
     "final_loss": (int, float),
@@ -40,6 +42,11 @@ FACTS = {
     "train_batch_size": (int,),
     "train_hours": (int, float),
     "versions": (dict,),
+}
+# Of a dynamic transformer, as the training script draws them.
+ACTIVITY_PICTURES = {
+    "activity.png": "Heads, channel groups and tokens that are on, over timestep and layer",
+    "tokens.png": "Tokens that take the MLP, over the image; darker for more layers",
 }
 OBJECTIVES = {
     "flow": "flow matching: the model predicts the velocity `noise - data`",
@@ -287,6 +294,7 @@ def create_model_card(
         f"# {repo_id.split('/')[-1]}\n\n{_description(folder, objective)}",
         _loading(folder, repo_id, remote_code_revision, facts.get("sample_grid", {})),
         _samples(facts.get("sample_grid", {})),
+        _activity(folder),
         _training(facts),
         _results(facts.get("results", [])),
         _limits(folder, facts),
@@ -542,6 +550,16 @@ def _samples(grid: dict) -> str:
     return f"## Samples\n\n![Samples](./{Path(grid['file']).name}){caption}"
 
 
+def _activity(folder: PipelineFolder) -> str:
+    """The pictures of what the routers leave on, where the training script has drawn them."""
+    shown = [
+        f"![{caption}](./{name})\n\n{caption}."
+        for name, caption in ACTIVITY_PICTURES.items()
+        if (folder.path / name).is_file()
+    ]
+    return "## What is computed when\n\n" + "\n\n".join(shown) if shown else ""
+
+
 def _training(facts: dict) -> str:
     rows = []
     dataset = facts.get("dataset", {})
@@ -559,6 +577,8 @@ def _training(facts: dict) -> str:
         ("steps", "Optimiser steps"),
         ("train_batch_size", "Batch size (all processes and accumulation)"),
         ("images_seen", "Images seen"),
+        ("budget", "Budget (share of the blocks' compute)"),
+        ("compute_ratio", "Compute ratio reached, on training images"),
         ("final_loss", "Final loss"),
         ("ema_decay", "EMA decay"),
     ):

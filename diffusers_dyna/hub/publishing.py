@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .model_card import PipelineFolder, create_model_card, gather_facts, read_pipeline_folder
+from .model_card import ACTIVITY_PICTURES, PipelineFolder, create_model_card, gather_facts, read_pipeline_folder
 
 
 REMOTE_CODE_BRANCH = "remote-code"
@@ -255,6 +255,9 @@ def _stage_files(folder: PipelineFolder, target: Path, facts: dict | None) -> No
                 "there, or leave `sample_grid` out."
             )
         _link(picture, target / picture.name)
+    for name in ACTIVITY_PICTURES:
+        if (folder.path / name).is_file():
+            _link(folder.path / name, target / name)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -23,6 +23,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.utils import apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
 ROUTER_MODES = ("threshold", "capacity")
@@ -409,6 +410,8 @@ def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
     # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
     if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
         return None
+    if any(_has_hooks(factors[name]) for name in active for factors in (layer.lora_A, layer.lora_B)):
+        return None
     return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
 
 
@@ -514,7 +517,7 @@ class _Plan:
     timesteps: list[float]
     decisions: list[list[_BlockDecision]]  # by step and layer
     packed_weights: _PackedWeights
-    signature: tuple
+    signature: tuple = ()
     class_labels: torch.Tensor | None = None
     label_signature: tuple = ()
     label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
@@ -723,10 +726,9 @@ TransformerBlockRegistry.register(DynaDiTBlock, TransformerBlockMetadata(return_
 @dataclass
 class DynaDiTTransformer2DModelOutput(Transformer2DModelOutput):
     """
-    Output of [`DynaDiTTransformer2DModel`]. All but `sample` are `None` unless `output_masks` was set.
+    Output of [`DynaDiTTransformer2DModel`]. All but `sample` are `None` unless `output_masks` was set. `sample`, of shape `(batch_size, out_channels, height, width)`, is the prediction.
 
     Args:
-        sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`): the prediction.
         attn_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_attention_heads)`):
             1 where a head was on. A block that a feature cache left out has zeros.
         mlp_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_attention_heads)`):
@@ -781,8 +783,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             the counts by the timestep alone, the same in training and inference: heads and groups keep the top
             1 + round(sum of p), p = sigmoid(logit / 5) of all but the first; tokens keep the top round(r N) by score,
             r the block's keep rate at this timestep.
-        timestep_scale (`float`, defaults to `1.0`), timestep_shift (`float`, defaults to `0.0`):
+        timestep_scale (`float`, defaults to `1.0`):
             The time that is embedded is `timestep_scale * timestep + timestep_shift`. A converted SiT has -0.001 and 1.
+        timestep_shift (`float`, defaults to `0.0`): see `timestep_scale`.
         downscale_freq_shift (`float`, defaults to `0`):
             0 for DiT's frequencies, 10000 ** (-i / 128); 1 for those of diffusers' DiT, 10000 ** (-i / 127).
         mlp_norm_eps (`float`, defaults to `1e-6`): epsilon of the norm before the MLP; the others have 1e-6.
@@ -840,7 +843,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         self.transformer_blocks = nn.ModuleList(
             [
                 DynaDiTBlock(
-                    dim, num_attention_heads, int(dim * mlp_ratio), router_mode, layer_idx, qk_norm, mlp_norm_eps
+                    dim, num_attention_heads, round(dim * mlp_ratio), router_mode, layer_idx, qk_norm, mlp_norm_eps
                 )
                 for layer_idx in range(num_layers)
             ]
@@ -876,7 +879,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"The width, `num_attention_heads` * `attention_head_dim` = {dim}, must be divisible by 4 for the "
                 "positions: sine and cosine of rows and of columns."
             )
-        if int(dim * config.mlp_ratio) < 1 or int(dim * config.mlp_ratio) % config.num_attention_heads:
+        if round(dim * config.mlp_ratio) < 1 or round(dim * config.mlp_ratio) % config.num_attention_heads:
             raise ValueError(
                 f"`mlp_ratio`={config.mlp_ratio} gives the MLP {dim * config.mlp_ratio:g} hidden channels, which must "
                 f"divide into `num_attention_heads`={config.num_attention_heads} groups."
@@ -1011,7 +1014,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs)
         timestep = self._prepare_timestep(timestep, batch_size, hidden_states.device)
-        labels = self._prepare_class_labels(class_labels, class_dropout_mask, batch_size, hidden_states.device)
+        labels = self._prepare_class_labels(
+            class_labels, class_dropout_mask, batch_size, hidden_states.device, may_drop=self.training
+        )
         dtype = hidden_states.dtype
 
         # 1. Patches, time and class
@@ -1095,6 +1100,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         output.sample = sample
         return output
 
+    @apply_forward_hook
     @torch.no_grad()
     def prepare_timesteps(
         self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None, max_plan_bytes: int = 2**30
@@ -1130,10 +1136,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if not all(type(router) is DynaFloat32Linear for router in routers):
             return  # the strength of an adapter can change without a trace, so its decisions are taken in each call
 
-        times = timesteps.to(device=self.pos_embed.proj.weight.device, dtype=torch.float32)
+        device = self.pos_embed.proj.weight.device
+        if device.type == "meta":  # sequential offloading, whose hooks move what they are given
+            device = timesteps.device
+        times = timesteps.to(device=device, dtype=torch.float32)
         temb, _ = self._embed(times, None)
         decisions = self._decide(temb, one_row_a_step=True)
-        plan = _Plan(times.tolist(), decisions, _PackedWeights(max_plan_bytes), self._plan_signature())
+        plan = _Plan(times.tolist(), decisions, _PackedWeights(max_plan_bytes))
         modulations = [block.modulation for block in blocks]
         is_plain = all(
             type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
@@ -1143,8 +1152,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if is_plain and (class_labels is not None or self.class_embedding is None):
             labels = None
             if class_labels is not None:
-                keep = None if self.null_class_label is None else torch.zeros_like(class_labels, dtype=torch.bool)
-                labels = self._prepare_class_labels(class_labels, keep, class_labels.numel(), times.device)
+                labels = self._prepare_class_labels(class_labels, None, class_labels.numel(), times.device)
                 distinct = labels.unique()
                 rows = times.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
                 rows[distinct] = torch.arange(len(distinct), device=times.device)
@@ -1161,6 +1169,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 if labels is not None:
                     plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
                     plan.label_rows = rows
+        plan.signature = self._plan_signature(bool(plan.modulations))
         self._plan = plan
         for block in blocks:
             for module in block.modules():
@@ -1250,7 +1259,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """Multiply-accumulates of attention (score products included) and of the MLP of one complete block."""
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         attn_macs = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
-        return attn_macs, 2 * num_tokens * dim * int(dim * self.config.mlp_ratio)
+        return attn_macs, 2 * num_tokens * dim * round(dim * self.config.mlp_ratio)
 
     def _embed(self, timestep: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The time embedding, for the routers, and its sum with the class embedding; float32, (B, D) each."""
@@ -1269,7 +1278,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(self._CANNOT_CUT)
         if complete_model:
             call.form = "complete"
-        elif not (self.training or torch.is_grad_enabled() or self._is_compiled()) and self._can_cut():
+        elif self.training or torch.is_grad_enabled():
+            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
+        elif not self._is_compiled() and self._can_cut():
             call.form = "skipping"
         if call.form == "skipping":
             plan, step = self._find_step(timestep)
@@ -1277,7 +1288,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 call.decisions = self._decide(temb)
             else:
                 call.decisions = plan.decisions[step]
-                call.modulations = self._find_modulations(plan, step, class_labels, labels)
+                call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb))
         return call
 
     def _is_compiled(self) -> bool:
@@ -1319,11 +1330,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 decisions.append(_BlockDecision(heads, groups, rates or None))
         return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
 
-    def _plan_signature(self) -> tuple:
-        """Changes with whatever the decisions and modulations of a plan were computed from."""
-        layers = [self.time_embedding.linear_1, self.time_embedding.linear_2, self.class_embedding]
+    def _plan_signature(self, with_modulations: bool) -> tuple:
+        """Changes with whatever the decisions, and where there are any the modulations, were computed from."""
+        layers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         for block in self._blocks:
-            layers += [block.attn_rate, block.mlp_rate, block.token_rate, block.modulation]
+            layers += [block.attn_rate, block.mlp_rate, block.token_rate]
+        if with_modulations:
+            layers += [self.class_embedding, *(block.modulation for block in self._blocks)]
         layers = [layer for layer in layers if layer is not None]
         tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
         return (tuple(map(id, layers)), _signature(tensors), self._width_mult)
@@ -1332,7 +1345,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         plan = self._plan
         if plan is None:
             return None, None
-        if plan.signature != self._plan_signature():
+        if plan.signature != self._plan_signature(bool(plan.modulations)):
             self.clear_plan()
             return None, None
         if plan.step is not None and (
@@ -1344,11 +1357,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return plan, plan.timesteps.index(time)
         return None, None
 
-    def _find_modulations(self, plan: _Plan, step: int, class_labels, labels) -> list[torch.Tensor] | None:
+    def _find_modulations(
+        self, plan: _Plan, step: int, class_labels, labels, batch_size: int
+    ) -> list[torch.Tensor] | None:
         if not plan.modulations:
             return None
         if labels is None:
-            return [modulation[step] for modulation in plan.modulations]
+            return [modulation[step].expand(batch_size, -1) for modulation in plan.modulations]
         rows = plan.label_rows[labels]
         # Elsewhere than on CPU a look at the labels would wait for the device.
         if labels.device.type == "cpu":
@@ -1415,7 +1430,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return timestep.to(device=device, dtype=torch.float32).expand(batch_size)
 
     def _prepare_class_labels(
-        self, class_labels: torch.Tensor | None, dropout_mask: torch.Tensor | None, batch_size: int, device
+        self,
+        class_labels: torch.Tensor | None,
+        dropout_mask: torch.Tensor | None,
+        batch_size: int,
+        device,
+        may_drop: bool = False,
     ) -> torch.Tensor | None:
         null_label = self.null_class_label
         if dropout_mask is not None:
@@ -1449,7 +1469,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if wrong.numel():
                 raise ValueError(f"`class_labels` must be in [0, {num_labels}), but they hold {wrong.tolist()}.")
         class_labels = class_labels.to(device)
-        if dropout_mask is None and self.training and null_label is not None:
+        if dropout_mask is None and may_drop and null_label is not None:
             dropout_mask = torch.rand(batch_size, device=device) < self.config.class_dropout_prob
         if dropout_mask is not None:
             class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)

@@ -25,6 +25,7 @@ FREE_ON_RESUME = {
     "hub_license",
     "hub_model_id",
     "hub_private_repo",
+    "latent_cache_dir",  # the VAE's weights and settings are in the fingerprint of the latents
     "logging_dir",
     "max_bad_images",
     "max_nonfinite_steps",
@@ -39,6 +40,9 @@ FREE_ON_RESUME = {
     "validation_guidance_scale",
     "validation_inference_steps",
     "validation_steps",
+    "vae",
+    "vae_batch_size",
+    "vae_subfolder",
 }
 
 

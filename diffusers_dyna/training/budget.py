@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compute budget of a dynamic transformer: its schedule, its loss, and what the routers do with it."""
+"""The compute budget of a dynamic transformer: its schedule and its loss."""
 
 import torch
 
@@ -48,38 +48,3 @@ def budget_loss(compute_ratio: torch.Tensor, budget: float, accelerator: Acceler
     local = compute_ratio.mean()
     excess = accelerator.reduce(local.detach(), reduction="mean") - budget
     return excess**2 + 2 * excess * (local - local.detach())
-
-
-@torch.no_grad()
-def measure_activity(
-    transformer,
-    noisy_sample: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """
-    What the routers leave on, by the rule of inference.
-
-    Args:
-        transformer ([`DynaDiTTransformer2DModel`]): in evaluation mode.
-        noisy_sample (`torch.Tensor` of shape `(num_timesteps, batch_size, channels, height, width)`):
-            The same images at every timestep.
-        timesteps (`torch.Tensor` of shape `(num_timesteps,)`): their times.
-        class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): their classes.
-
-    Returns:
-        `dict` of tensors on the CPU: `timesteps` and `compute_ratio` of shape `(num_timesteps,)`; `attn` and `mlp` of
-        shape `(num_timesteps, num_layers, num_attention_heads)`, 1 where a head or group was on; `tokens` of shape
-        `(num_timesteps, batch_size, num_layers, num_tokens)`, 1 where a token took the MLP.
-    """
-    outputs = [
-        transformer(sample, timestep, class_labels, output_masks=True)
-        for sample, timestep in zip(noisy_sample, timesteps, strict=True)
-    ]
-    return {
-        "timesteps": timesteps.float().cpu(),
-        "compute_ratio": torch.stack([output.compute_ratio.mean() for output in outputs]).cpu(),
-        "attn": torch.stack([output.attn_masks.mean(dim=0) for output in outputs]).cpu(),
-        "mlp": torch.stack([output.mlp_masks.mean(dim=0) for output in outputs]).cpu(),
-        "tokens": torch.stack([output.token_masks for output in outputs]).cpu(),
-    }

@@ -153,7 +153,8 @@ class TrainingLog:
     def write(self, **values) -> None:
         """Appends a line. A value that is not finite becomes null: JSON has no word for it."""
         values = {
-            name: None if value is not None and not math.isfinite(value) else value for name, value in values.items()
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
         }
         self._file.write(json.dumps(values) + "\n")
 

@@ -220,10 +220,17 @@ class TrainingRun:
         self.ema.optimization_step = self.state["ema_updates"]
 
     def steps(self) -> Iterator[int]:
-        """Yields every optimizer step that is left, from 0, with the learning rate set."""
+        """
+        Yields every optimizer step that is left, from 0, with the learning rate set, and saves after those where it is
+        time.
+
+        Raises:
+            `SystemExit`: after saving, when a signal asked to stop.
+        """
         args = self.args
         self._stop = loop.StopRequest()
-        first_step, first_seconds, start = self.state["step"], self.state["train_seconds"], time.monotonic()
+        first_step = self.state["step"]
+        self._start = time.monotonic() - self.state["train_seconds"]
         num_params = sum(parameter.numel() for parameter in self.unwrapped.parameters())
         self.accelerator.print(
             f"{self.source.name}: {self.source.num_images or 'a stream of'} images, {num_params:,} parameters, total "
@@ -235,7 +242,17 @@ class TrainingRun:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate_at(step) * group.get("lr_scale", 1.0)
             yield step
-            self.state["train_seconds"] = first_seconds + time.monotonic() - start
+            # Here the script has validated too: what a checkpoint is ahead of is on disk.
+            is_due = self.state["step"] == args.max_train_steps or self.state["step"] % args.checkpointing_steps == 0
+            if is_due or self._stop_signal:
+                self.save()
+            if self._stop_signal:
+                self.progress.close()
+                self.accelerator.end_training()
+                self.accelerator.print(
+                    f"Stopped at step {self.state['step']}. Go on with --resume_from_checkpoint latest."
+                )
+                raise SystemExit(128 + (self._stop.signal_number or 15))
         self.progress.close()
         self._stop.restore()
 
@@ -294,26 +311,24 @@ class TrainingRun:
 
     def end_step(self, step: int, **sums: torch.Tensor) -> None:
         """
-        Logs a step, and saves or leaves where it is time.
+        Logs a step.
 
         Args:
             step (`int`): the optimizer step that was done.
             sums (`torch.Tensor` of shape `()`):
                 What to log, `loss` among them: sums over this process's micro-batches of their means.
-
-        Raises:
-            `SystemExit`: after saving, when a signal asked to stop.
         """
         args, accelerator = self.args, self.accelerator
         step += 1
         # One reduction a step: the means of the global batch, and whether any process was asked to stop.
         local = [value.detach().float() / args.gradient_accumulation_steps for value in sums.values()]
         local.append(torch.tensor(float(self._stop.signal_number), device=accelerator.device))
-        *means, stop_signal = accelerator.reduce(torch.stack(local), reduction="mean").tolist()
+        *means, self._stop_signal = accelerator.reduce(torch.stack(local), reduction="mean").tolist()
         values = dict(zip(sums, means, strict=True))
         self.state["step"] = step
         self.state["last_loss"] = values["loss"] if math.isfinite(values["loss"]) else None
         self.state["nonfinite_steps"] = self._guard.total
+        self.state["train_seconds"] = time.monotonic() - self._start
         values |= {
             "lr": self.learning_rate_at(step - 1),
             "grad_norm": self.grad_norm,
@@ -330,13 +345,6 @@ class TrainingRun:
         accelerator.log(values, step=step)
         if self.is_main:
             self._log.write(step=step, **values)
-        if stop_signal or step == args.max_train_steps or step % args.checkpointing_steps == 0:
-            self.save()
-        if stop_signal:
-            self.progress.close()
-            accelerator.end_training()
-            accelerator.print(f"Stopped at step {step}. Go on with --resume_from_checkpoint latest.")
-            raise SystemExit(128 + (self._stop.signal_number or 15))
 
     @contextlib.contextmanager
     def averaged_pipeline(self) -> Iterator[DiffusionPipeline | None]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from huggingface_hub import constants
 
+from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
 from diffusers_dyna.hub import publish
 
 from .conftest import save_tiny_pipeline, write_training_summary
@@ -42,11 +43,43 @@ class Family:
     call: dict
 
 
+def save_tiny_dit_pipeline(folder):
+    """Saves an 8x8 pipeline in pixel space, with fixed random weights and routers that switch things off."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = DynaDiTTransformer2DModel(
+            sample_size=8,
+            in_channels=1,
+            num_layers=2,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_classes=10,
+            learn_sigma=False,
+        )
+        with torch.no_grad():
+            for name, parameter in transformer.named_parameters():
+                # DiT starts them at zero, where every block is the identity, and the routers with everything on.
+                if "modulation" in name or "norm_out" in name or "proj_out" in name:
+                    parameter.normal_(std=0.3)
+                elif "_rate" in name:
+                    parameter.normal_(std=20.0 if name.endswith("weight") else 2.0)
+    id2label = {label: f"digit {label}" for label in range(10)}
+    pipeline = DynaDiTPipeline(transformer.eval(), FlowMatchODEScheduler(), id2label=id2label)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
 FAMILIES = {
     "unet": Family(
         save=save_tiny_pipeline,
         pipeline="DynaUNetPipeline",
         components={"unet": "DynaUNet2DModel", "scheduler": "FlowMatchODEScheduler"},
+        call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
+    ),
+    "dit": Family(
+        save=save_tiny_dit_pipeline,
+        pipeline="DynaDiTPipeline",
+        components={"transformer": "DynaDiTTransformer2DModel", "scheduler": "FlowMatchODEScheduler"},
         call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
     ),
 }

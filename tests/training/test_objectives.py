@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from diffusers_dyna.training.objectives import (
     sample_sigmas,
     sigmas_to_timesteps,
     training_target,
+    variational_bound,
 )
 
 
@@ -75,3 +78,70 @@ def test_unknown_names():
         make_training_scheduler("score")
     with pytest.raises(ValueError, match="`time_sampling`='mode' is unknown. Use one of 'uniform', 'logit_normal'"):
         sample_sigmas("mode", 0, [0], 1)
+
+
+class TestVariationalBound:
+    """Against the same quantities by Bayes' rule on the schedule's Gaussians, with `torch.distributions`."""
+
+    def make(self, timestep):
+        scheduler = make_training_scheduler("epsilon", learn_sigma=True)
+        sample = torch.rand(2, 3, 4, 4).double() * 2 - 1
+        noise, prediction = torch.randn_like(sample), torch.randn_like(sample)
+        variance = torch.rand_like(sample) * 2 - 1
+        timesteps = torch.full((2,), timestep)
+        noisy = scheduler.add_noise(sample, noise, timesteps).double()
+        return scheduler, sample, prediction, variance, timesteps, noisy
+
+    @pytest.mark.parametrize("timestep", [1, 2, 500, 999])
+    def test_later_steps_are_divergences_of_gaussians(self, timestep):
+        scheduler, sample, prediction, variance, timesteps, noisy = self.make(timestep)
+        beta = scheduler.betas[timestep].double()
+        alpha_bar, previous = scheduler.alphas_cumprod[[timestep, timestep - 1]].double()
+        # q(x_{t-1} | x_t, x_0): a Gaussian prior around x_0 times the likelihood of x_t.
+        precision = 1 / (1 - previous) + (1 - beta) / beta
+
+        def posterior_mean(clean):
+            return (previous.sqrt() * clean / (1 - previous) + (1 - beta).sqrt() * noisy / beta) / precision
+
+        predicted = (noisy - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+        log_variance = (variance + 1) / 2 * beta.log() - (1 - variance) / 2 * precision.log()
+        expected = torch.distributions.kl_divergence(
+            torch.distributions.Normal(posterior_mean(sample), precision**-0.5),
+            torch.distributions.Normal(posterior_mean(predicted), (log_variance / 2).exp()),
+        )
+        actual = variational_bound(scheduler, prediction, variance, sample, noisy, timesteps)
+        torch.testing.assert_close(actual, expected.mean() / math.log(2), rtol=2e-3, atol=1e-6)  # float32 schedule
+
+    def test_the_variance_is_the_schedulers(self):
+        scheduler, sample, prediction, variance, timesteps, noisy = self.make(500)
+        log_variance = scheduler._get_variance(500, predicted_variance=variance, variance_type="learned_range")
+        lowest = scheduler._get_variance(500, variance_type="fixed_small").double()
+        # With the true noise the means agree, and the divergence is that of the variances alone.
+        noise = (noisy - scheduler.alphas_cumprod[500].sqrt() * sample) / (1 - scheduler.alphas_cumprod[500]).sqrt()
+        actual = variational_bound(scheduler, noise, variance, sample, noisy, timesteps)
+        difference = lowest.log() - log_variance
+        expected = 0.5 * (difference.exp() - 1 - difference)
+        torch.testing.assert_close(actual, expected.mean() / math.log(2), rtol=1e-2, atol=1e-4)
+
+    def test_the_last_step_is_a_distribution_over_the_256_values(self):
+        scheduler, _, _, _, timesteps, _ = self.make(0)
+        values = (torch.arange(256).double() * 2 / 255 - 1)[:, None, None, None]
+        noisy = torch.full_like(values, 0.3)
+        bits = [
+            variational_bound(
+                scheduler, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), value[None], noisy[:1], timesteps[:1]
+            )
+            for value in values
+        ]
+        assert sum(2.0 ** -float(bit) for bit in bits) == pytest.approx(1.0, abs=1e-3)
+
+    def test_gradient_trains_the_variance(self):
+        scheduler, sample, prediction, variance, timesteps, noisy = self.make(300)
+        variance.requires_grad_()
+        variational_bound(scheduler, prediction, variance, sample, noisy, timesteps).backward()
+        assert variance.grad.abs().min() > 0
+
+
+def test_learned_variances_are_saved_with_the_scheduler():
+    assert make_training_scheduler("epsilon", learn_sigma=True).config.variance_type == "learned_range"
+    assert make_training_scheduler("epsilon").config.variance_type == "fixed_small"
