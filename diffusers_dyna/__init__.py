@@ -40,4 +40,20 @@ def _register_with_diffusers() -> None:
             setattr(diffusers, name, globals()[name])
 
 
+def _register_with_cache_dit() -> None:
+    """Lets `cache_dit.enable_cache` find the blocks of the dynamic transformer, where cache-dit is installed."""
+    try:
+        from cache_dit import BlockAdapter, ForwardPattern
+        from cache_dit.caching.block_adapters import BlockAdapterRegister
+    except ImportError:
+        return
+
+    @BlockAdapterRegister.register("DynaDiT")
+    def adapt(pipe, **kwargs) -> BlockAdapter:
+        blocks = pipe.transformer.transformer_blocks
+        pattern = ForwardPattern.Pattern_3  # one tensor in, one tensor out
+        return BlockAdapter(pipe=pipe, transformer=pipe.transformer, blocks=blocks, forward_pattern=pattern, **kwargs)
+
+
 _register_with_diffusers()
+_register_with_cache_dit()

@@ -9,16 +9,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 import diffusers_dyna
+from diffusers_dyna import DynaDiTPipeline, FlowMatchODEScheduler
 
-from .testing_utils import tiny_unet
+from .testing_utils import tiny_dyna_dit, tiny_unet
 
 
-SUBPACKAGES = ["hub", "models", "pipelines", "schedulers", "training"]
+SUBPACKAGES = ["conversion", "hub", "models", "pipelines", "schedulers", "training"]
 
 
 def module_names() -> list[str]:
@@ -65,8 +67,11 @@ def test_registered_with_diffusers():
     # diffusers reads these names off the module that a component is recorded with
     assert diffusers_dyna.ModelMixin is diffusers.ModelMixin
     assert diffusers_dyna.SchedulerMixin is diffusers.SchedulerMixin
-    for name in diffusers_dyna.__all__:
-        assert getattr(diffusers, name) is getattr(diffusers_dyna, name)
+    public = {name: getattr(diffusers_dyna, name) for name in diffusers_dyna.__all__}
+    classes = {name: value for name, value in public.items() if isinstance(value, type)}
+    assert public.keys() - classes.keys() == {"DYNA_DIT_CONFIGS"}
+    for name, cls in classes.items():
+        assert getattr(diffusers, name) is cls
     assert "ModelMixin" in ALL_IMPORTABLE_CLASSES
 
 
@@ -123,3 +128,29 @@ def test_fresh_process_is_silent_and_loads_what_was_saved(tmp_path):
     )
     result = run_python(code, tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_cache_dit_finds_the_blocks():
+    """With a threshold that everything is below, all but the first block are left out after the warm-up."""
+    cache_dit = pytest.importorskip("cache_dit")
+    pipe = DynaDiTPipeline(tiny_dyna_dit(num_layers=4), FlowMatchODEScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    for block in pipe.transformer.transformer_blocks:
+        block.register_forward_hook(lambda module, *args: calls.append(module))
+
+    def draw():
+        calls.clear()
+        generator = torch.Generator().manual_seed(0)
+        output = pipe([1, 2], num_inference_steps=10, generator=generator, output_type="pt", output_compute_ratio=True)
+        return output.images, output.compute_ratio, len(calls)
+
+    images, compute_ratio, count = draw()
+    config = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4, "residual_diff_threshold": 1e6}
+    cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**config))
+    _, cached_ratio, cached_count = draw()
+    assert count == 40
+    assert cached_count == 4 * 4 + 6
+    assert cached_ratio < 0.8 * compute_ratio  # a block that did not run counts as off
+    cache_dit.disable_cache(pipe)
+    assert torch.equal(draw()[0], images)

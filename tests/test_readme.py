@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
+from .conversion.test_convert_dit import random_state
 from .hub.loopback_hub import LoopbackHub
 
 
@@ -54,6 +56,9 @@ def checkout(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["rose", "tulip"])})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "data" / "flowers")
+    # A file in DiT's layout, of the smallest preset: the one that is named would be 2.7 GB.
+    sizes = {"layers": 12, "width": 384, "mlp_width": 1536, "grid": 4, "patch": 8, "rows": 1001}
+    torch.save(random_state(**sizes, channels=4, out_channels=8), tmp_path / "DiT-XL-2-256x256.pt")
     return tmp_path
 
 
@@ -83,5 +88,6 @@ def test_every_block_runs(checkout, tmp_path_factory):
             )
             assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
     assert (checkout / "outputs" / "three.png").exists()
-    for name in ("digits", "photos", "flowers"):
+    assert (checkout / "outputs" / "dynamic-three.png").exists()
+    for name in ("digits", "photos", "flowers", "dit-static", "dit-0.6", "dit-xl-2"):
         assert (checkout / "outputs" / name / "model_index.json").exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from .dit import convert_diffusers_dit, convert_dit_checkpoint, sort_by_importance
+from .convert_dit import convert_diffusers_dit, convert_dit_checkpoint, sort_by_importance
 
 
 __all__ = ["convert_diffusers_dit", "convert_dit_checkpoint", "sort_by_importance"]

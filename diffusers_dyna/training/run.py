@@ -5,6 +5,7 @@ The loop itself, and all that the model sees, stay in the script.
 """
 
 import argparse
+import atexit
 import contextlib
 import json
 import math
@@ -185,6 +186,8 @@ class TrainingRun:
         if self.state["stream"] is not None:
             self.loader.load_state_dict(self.state["stream"])
         self._batches = iter(self.loader)
+        # Workers ignore the signals by which multiprocessing would end them at exit, and wait for this instead.
+        atexit.register(self._release_workers)
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             loop.write_json(self.output_dir / "args.json", vars(args))
@@ -192,6 +195,9 @@ class TrainingRun:
         accelerator.init_trackers(self.name, {name: str(value) for name, value in vars(args).items()})
         self._guard = loop.NonFiniteGuard(args.max_nonfinite_steps, self.state["nonfinite_steps"])
         self._bad_images: dict[str, None] = {}
+
+    def _release_workers(self) -> None:
+        self._batches = None
 
     def _save_model(self, models, weights, folder) -> None:
         if not self.is_sharded:
@@ -255,6 +261,8 @@ class TrainingRun:
                 raise SystemExit(128 + (self._stop.signal_number or 15))
         self.progress.close()
         self._stop.restore()
+        self._release_workers()
+        atexit.unregister(self._release_workers)
 
     def micro_batches(self, step: int) -> Iterator[dict]:
         """

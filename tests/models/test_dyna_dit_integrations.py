@@ -389,6 +389,9 @@ def test_plan_notices_adapters(peft, change):
     fresh.clear_plan()
     torch.testing.assert_close(after, run(fresh, arguments).sample, rtol=1e-4, atol=5e-4)
     torch.testing.assert_close(after, run(model, arguments).sample, **CLOSE)
+    packed = [tensor for _, cut in model._plan.packed_weights.entries.values() for tensor in cut if tensor is not None]
+    held = sum(tensor.nbytes for tensor in (*packed, *model._plan.modulations))
+    assert model._plan.packed_weights.num_bytes == held  # what was replaced is no longer counted
     is_merged = any(layer.merged for layer in lora_layers(model))
     assert ((after - before).abs().max() > 0.01) != is_merged
 

@@ -264,6 +264,7 @@ class TestProcesses:
     def test_two_processes_are_one(self, tmp_path, router_mode):
         """The budget's mean is over both of them, and so is every draw of the gates."""
         options = {"max_train_steps": 12, "router_mode": router_mode, "complete_loss_steps": 6}
+        options["router_learning_rate"] = 0.5
         for processes in (1, 2):
             batch_size = 16 // processes
             run(tmp_path / str(processes), processes, train_batch_size=batch_size, num_validation_images=0, **options)

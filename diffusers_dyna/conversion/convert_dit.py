@@ -162,7 +162,7 @@ def convert_dit_checkpoint(
             "num_layers": sizes.num_layers,
             "num_attention_heads": num_attention_heads,
             "attention_head_dim": sizes.width // num_attention_heads,
-            "mlp_ratio": _mlp_ratio(sizes.mlp_width, sizes.width),
+            "mlp_ratio": sizes.mlp_width / sizes.width,
             "learn_sigma": source != "sit" and sizes.out_channels == 2 * sizes.in_channels,
             "qk_norm": None,
         },
@@ -255,7 +255,7 @@ def convert_diffusers_dit(
             "num_layers": config.num_layers,
             "num_attention_heads": config.num_attention_heads,
             "attention_head_dim": config.attention_head_dim,
-            "mlp_ratio": _mlp_ratio(len(weights["transformer_blocks.0.ff.net.0.proj.weight"]), width),
+            "mlp_ratio": len(weights["transformer_blocks.0.ff.net.0.proj.weight"]) / width,
             "learn_sigma": config.out_channels == 2 * config.in_channels,
             "qk_norm": None,
         },
@@ -585,12 +585,6 @@ def _classes(num_rows: int | None, overrides: Mapping) -> dict:
             "one for the null class unless `class_dropout_prob` is 0."
         )
     return {"num_classes": num_classes, "class_dropout_prob": 0.1 if has_null_class else 0.0}
-
-
-def _mlp_ratio(mlp_width: int, width: int) -> float:
-    """The ratio whose product with `width` the model truncates to `mlp_width`: the quotient may be rounded down."""
-    ratio = mlp_width / width
-    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
 def _make_model(overrides: Mapping, fixed: Mapping, defaults: Mapping) -> DynaDiTTransformer2DModel:
