@@ -184,7 +184,7 @@ def static_pair():
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=5,
-        norm_eps=1e-3,
+        norm_eps=0.5,
     ).eval()
     for block in theirs.transformer_blocks:
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
@@ -208,7 +208,7 @@ def static_pair():
             renamed[f"{prefix}mlp.fc1.{kind}"] = state[f"{prefix}ff.net.0.proj.{kind}"]
             renamed[f"{prefix}mlp.fc2.{kind}"] = state[f"{prefix}ff.net.2.{kind}"]
             renamed[f"{prefix}modulation.{kind}"] = state[f"{prefix}norm1.linear.{kind}"]
-    ours = DynaDiTTransformer2DModel(**{**TINY_DIT, "num_layers": 2}, downscale_freq_shift=1, mlp_norm_eps=1e-3)
+    ours = DynaDiTTransformer2DModel(**{**TINY_DIT, "num_layers": 2}, downscale_freq_shift=1, mlp_norm_eps=0.5)
     missing, unexpected = ours.load_state_dict(renamed, strict=False)
     assert unexpected == [] and all("rate." in name or "token_selection" in name for name in missing)
     return theirs, ours.eval()
@@ -343,7 +343,7 @@ def written_out(model, hidden_states, timestep, class_labels, complete_model=Fal
 def test_all_forms_are_the_written_formulas(router_mode, qk_norm, size):
     config = {"router_mode": router_mode, "qk_norm": qk_norm, "timestep_scale": 0.5, "timestep_shift": 3.0}
     arguments = dit_inputs(size=size)
-    model = mixed_dyna_dit(arguments, **config, mlp_norm_eps=1e-3, learn_sigma=False)
+    model = mixed_dyna_dit(arguments, **config, mlp_norm_eps=0.5, learn_sigma=False)
     with torch.no_grad():
         complete, _ = written_out(model, **arguments, complete_model=True)
         expected, masks = written_out(model, **arguments)
