@@ -30,8 +30,8 @@ from diffusers_dyna.training.loop import describe_environment, write_json
 
 EXAMPLES = Path(__file__).parent
 MIN_ACCURACY = 0.9
-NUM_IMAGES = 1000
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 100}
+NUM_IMAGES = 500
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "batch_size": 50}
 SHAPE = {"patch_size": 4, "num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 16}
 TRAINING = {
     "train_batch_size": 32,
@@ -43,9 +43,9 @@ TRAINING = {
     "validation_steps": 1000,
     "report_to": "none",
 }
-STATIC = {**TRAINING, **SHAPE, "static": True, "learning_rate": 1e-3, "max_train_steps": 10000}
-FINE_TUNING = {**TRAINING, "learning_rate": 3e-4, "max_train_steps": 2000}
-BUDGET = {"sort_by_importance": True, "router_learning_rate": 3e-2, "budget_decay_steps": 1000}
+STATIC = {**TRAINING, **SHAPE, "static": True, "learning_rate": 1e-3, "max_train_steps": 4000}
+FINE_TUNING = {**TRAINING, "learning_rate": 3e-4, "max_train_steps": 1000}
+BUDGET = {"sort_by_importance": True, "router_learning_rate": 3e-2, "budget_decay_steps": 500}
 ARMS = {
     "control": {"static": True},
     "budget 0.8": {**BUDGET, "budget": 0.8},
