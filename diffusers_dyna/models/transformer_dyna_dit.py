@@ -558,6 +558,8 @@ class DynaDiTBlock(nn.Module):
         self.num_groups = num_heads
         self.router_mode = router_mode
         self.layer_idx = layer_idx
+        # As a tensor too: compiled blocks would be compiled once more for each number.
+        self.register_buffer("layer_index", torch.tensor([layer_idx]), persistent=False)
         self.modulation = nn.Linear(dim, 6 * dim)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = DynaAttention(dim, num_heads, qk_norm)
@@ -649,7 +651,8 @@ class DynaDiTBlock(nn.Module):
             return None
         if call.gate_noise is None:
             return torch.rand_like(logits)
-        return call.gate_noise[:, self.layer_idx, first : first + logits.shape[1]].to(logits)
+        noise = call.gate_noise.index_select(1, self.layer_index)[:, 0]
+        return noise[:, first : first + logits.shape[1]].to(logits)
 
     def _forward_skipping(self, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
         """The same as the masked form in evaluation mode, computing only what is on."""
@@ -726,7 +729,8 @@ TransformerBlockRegistry.register(DynaDiTBlock, TransformerBlockMetadata(return_
 @dataclass
 class DynaDiTTransformer2DModelOutput(Transformer2DModelOutput):
     """
-    Output of [`DynaDiTTransformer2DModel`]. All but `sample` are `None` unless `output_masks` was set. `sample`, of shape `(batch_size, out_channels, height, width)`, is the prediction.
+    Output of [`DynaDiTTransformer2DModel`]. `sample`, of shape `(batch_size, out_channels, height, width)`, is the
+    prediction; the rest is `None` unless `output_masks` was set.
 
     Args:
         attn_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_attention_heads)`):

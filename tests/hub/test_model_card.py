@@ -79,6 +79,18 @@ def test_a_card_tells_the_facts_of_the_run_in_the_order_of_the_house(pipeline_di
     assert card.data.license == "apache-2.0"
 
 
+def test_a_dynamic_run_shows_its_budget_and_what_is_computed_when(pipeline_dir):
+    assert "What is computed when" not in create_model_card(pipeline_dir, "ada/digits").text
+    write_training_summary(pipeline_dir)
+    for name in ("activity.png", "tokens.png"):
+        (pipeline_dir / name).write_bytes(b"")
+    text = create_model_card(pipeline_dir, "ada/digits", facts={"budget": 0.6, "compute_ratio": 0.5871}).text
+    assert "| Budget (share of the blocks' compute) | 0.6 |" in text
+    assert "| Compute ratio reached, on training images | 0.5871 |" in text
+    assert re.search(r"## What is computed when\n\n!\[.*\]\(./activity.png\)", text)
+    assert "](./tokens.png)" in text
+
+
 def test_the_card_is_what_it_writes(pipeline_dir):
     write_training_summary(pipeline_dir)
     card = create_model_card(pipeline_dir, "ada/digits", license="mit", base_model="ada/base", datasets="ada/images")
@@ -159,7 +171,7 @@ def test_names_that_are_no_unique_key_are_not_used_in_the_example(pipeline_dir):
 @pytest.mark.parametrize(
     "facts, message",
     [
-        ({"stepz": 3}, r"`facts` has the unknown keys \['stepz'\]\. Known keys: args, citation"),
+        ({"stepz": 3}, r"`facts` has the unknown keys \['stepz'\]\. Known keys: args, budget, citation"),
         ({"steps": "many"}, r"The fact `steps`='many' .* has type str, expected int"),
         ({"final_loss": "low"}, r"has type str, expected int or float"),
         ({"objective": "gan"}, r"The fact `objective`='gan' must be one of flow, epsilon"),

@@ -156,6 +156,13 @@ def test_tokenizer_files_go_along(hub, pipeline_dir, monkeypatch):
     assert json.loads(files["tokenizer/tokenizer_config.json"]) == {"do_lower_case": True}
 
 
+def test_the_pictures_of_a_dynamic_run_go_along(hub, pipeline_dir):
+    for name in ("activity.png", "tokens.png", "private.png"):
+        (pipeline_dir / name).write_bytes(b"png")
+    publish(pipeline_dir, REPO)
+    assert sorted(hub.files(REPO)) == sorted([*MAIN_FILES, "activity.png", "tokens.png"])
+
+
 def test_publishing_again_replaces_its_own_files_and_keeps_those_of_others(hub, pipeline_dir):
     shard(pipeline_dir / "unet", 3)
     first = publish(pipeline_dir, REPO)

@@ -730,12 +730,15 @@ def test_compiled_training(compiler, router_mode):
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compile_repeated_blocks(compiler, training):
+@pytest.mark.parametrize(("training", "router_mode"), [(False, "threshold"), (True, "capacity"), (True, "threshold")])
+def test_compile_repeated_blocks(compiler, training, router_mode):
     """One graph for all ten blocks: more than torch's limit of eight recompiles would be an error."""
     arguments = dit_inputs()
-    model = tiny_dyna_dit(num_layers=10, router_mode="capacity" if training else "threshold").train(training)
+    model = tiny_dyna_dit(num_layers=10, router_mode=router_mode).train(training)
     arguments["class_dropout_mask"] = torch.tensor([True, False, False])
+    if training and router_mode == "threshold":
+        num_gates = 2 * (model.config.num_attention_heads - 1) + 16
+        arguments["gate_noise"] = torch.rand(3, 10, num_gates, generator=torch.Generator().manual_seed(0))
     expected = run(model, arguments, output_masks=True)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch._dynamo.utils.counters.clear()

@@ -105,6 +105,11 @@ def test_resume_lists_every_difference():
     assert "objective: None in the checkpoint, 'flow' now" in message
     assert "channel_mults" not in message
     assert "--pretrained_model_name_or_path" in message
+    # A checkpoint that is older than an argument was made with its default.
+    current = {**saved, "skip_grad_norm": None}
+    check_resume(saved, current, defaults={"skip_grad_norm": None, "output_dir": "elsewhere"})
+    with pytest.raises(ValueError, match="skip_grad_norm: None in the checkpoint, 9.0 now"):
+        check_resume(saved, {**current, "skip_grad_norm": 9.0}, defaults={"skip_grad_norm": None})
 
 
 def test_environment_and_json(tmp_path):

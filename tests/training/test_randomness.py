@@ -49,3 +49,11 @@ def test_uniform_numbers_are_uniform_over_samples():
     expected = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     # Kolmogorov-Smirnov: 1.63 / sqrt(n) = 0.0115 at the 1 % level
     assert (numbers - expected).abs().max() < 0.0115
+
+
+def test_uniform_numbers_of_a_shape_are_each_samples_own():
+    numbers = keyed_uniform(0, "gates", [5, 9], (3, 4))
+    assert numbers.shape == (2, 3, 4)
+    assert numbers.unique().numel() == 24
+    assert torch.equal(numbers[1:], keyed_uniform(0, "gates", [9], (3, 4)))
+    assert not torch.equal(numbers, keyed_uniform(1, "gates", [5, 9], (3, 4)))

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
@@ -327,6 +329,25 @@ class TestForms:
         assert [line["skipped_steps"] for line in read_log(tmp_path / "run")] == [1, 2]
         first, second = (load_file(tmp_path / "run" / f"checkpoint-{step}" / WEIGHTS) for step in (1, 2))
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed_type"),
+    [
+        ("single_device", DistributedType.NO),
+        ("multi_gpu", DistributedType.MULTI_GPU),
+        ("fsdp", DistributedType.FSDP),
+        ("deepspeed_zero2", DistributedType.DEEPSPEED),
+    ],
+)
+def test_launch_configurations_are_what_accelerate_reads(name, distributed_type):
+    config = load_config_from_file(str(ROOT / "examples" / "configs" / f"{name}.yaml"))
+    assert config.distributed_type == distributed_type
+    if name == "fsdp":
+        wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+        assert wrapped in DynaDiTTransformer2DModel._no_split_modules
+    if name == "deepspeed_zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
 
 
 class TestBadInput:
