@@ -300,44 +300,29 @@ def main(args: argparse.Namespace) -> None:
         sums = {name: torch.zeros((), device=accelerator.device) for name in names}
         target_ratio = budget.budget_at(step, args.budget, args.budget_warmup_steps, args.budget_decay_steps)
         for batch in run.micro_batches(step):
-            indices = batch["sample_indices"]
             with accelerator.accumulate(run.model):
-                sample = batch["pixel_values"].to(accelerator.device)
-                noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:]).to(accelerator.device)
-                sigmas = objectives.sample_sigmas(
-                    args.time_sampling, args.seed, indices, run.total_batch_size, args.logit_mean, args.logit_std
-                )
-                timesteps = objectives.sigmas_to_timesteps(scheduler, sigmas).to(accelerator.device)
-                class_labels = dropout_mask = gate_noise = None
-                if source.id2label is not None:
-                    class_labels = batch["class_labels"].to(accelerator.device)
-                    if transformer.null_class_label is not None:
-                        dropout_mask = keyed_uniform(args.seed, "class_dropout", indices)
-                        dropout_mask = (dropout_mask < transformer.config.class_dropout_prob).to(accelerator.device)
+                gate_noise = None
                 if not args.static and transformer.config.router_mode == "threshold":
                     shape = (transformer.config.num_layers, num_gates)
-                    gate_noise = keyed_uniform(args.seed, "gates", indices, shape).float().to(accelerator.device)
-
-                noisy_sample = scheduler.add_noise(sample, noise, timesteps)
-                target = objectives.training_target(scheduler, sample, noise, timesteps)
+                    gate_noise = keyed_uniform(args.seed, "gates", batch.indices, shape).float().to(accelerator.device)
 
                 def predict(complete_model: bool):
                     output = run.model(
-                        noisy_sample,
-                        timesteps,
-                        class_labels,
+                        batch.noisy_sample,
+                        batch.timesteps,
+                        batch.class_labels,
                         complete_model=complete_model,
                         output_masks=not complete_model,
-                        class_dropout_mask=dropout_mask,
+                        class_dropout_mask=batch.class_dropout_mask,
                         gate_noise=gate_noise,
                     )
                     prediction, variance = output.sample.float(), None
                     if args.learn_sigma:
                         prediction, variance = prediction.chunk(2, dim=1)
-                    loss = F.mse_loss(prediction, target.float())
+                    loss = F.mse_loss(prediction, batch.target.float())
                     if args.learn_sigma:
                         loss = loss + objectives.variational_bound(
-                            scheduler, prediction.detach(), variance, sample, noisy_sample, timesteps
+                            scheduler, prediction.detach(), variance, batch.sample, batch.noisy_sample, batch.timesteps
                         )
                     return loss, output.compute_ratio
 

@@ -43,7 +43,7 @@ from accelerate.utils import set_seed
 from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline
 from diffusers_dyna.hub import check_can_publish
 from diffusers_dyna.training import arguments, data, objectives
-from diffusers_dyna.training.randomness import keyed_randn, keyed_seed, keyed_uniform
+from diffusers_dyna.training.randomness import keyed_seed
 from diffusers_dyna.training.run import TrainingRun, make_loader
 
 
@@ -153,25 +153,14 @@ def main(args: argparse.Namespace) -> None:
     for step in run.steps():
         loss_sum = torch.zeros((), device=accelerator.device)
         for batch in run.micro_batches(step):
-            indices = batch["sample_indices"]
             with accelerator.accumulate(run.model):
-                sample = batch["pixel_values"].to(accelerator.device)
-                noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:]).to(accelerator.device)
-                sigmas = objectives.sample_sigmas(
-                    args.time_sampling, args.seed, indices, run.total_batch_size, args.logit_mean, args.logit_std
-                )
-                timesteps = objectives.sigmas_to_timesteps(scheduler, sigmas).to(accelerator.device)
-                class_labels = dropout_mask = None
-                if source.id2label is not None:
-                    class_labels = batch["class_labels"].to(accelerator.device)
-                    if unet.null_class_label is not None:
-                        dropout_mask = keyed_uniform(args.seed, "class_dropout", indices)
-                        dropout_mask = (dropout_mask < unet.config.class_dropout_prob).to(accelerator.device)
-
-                noisy_sample = scheduler.add_noise(sample, noise, timesteps)
-                target = objectives.training_target(scheduler, sample, noise, timesteps)
-                prediction = run.model(noisy_sample, timesteps, class_labels, class_dropout_mask=dropout_mask).sample
-                loss = F.mse_loss(prediction.float(), target.float())
+                prediction = run.model(
+                    batch.noisy_sample,
+                    batch.timesteps,
+                    batch.class_labels,
+                    class_dropout_mask=batch.class_dropout_mask,
+                ).sample
+                loss = F.mse_loss(prediction.float(), batch.target.float())
                 accelerator.backward(loss)
                 loss_sum += loss.detach()
                 run.optimizer_step(step)

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +24,35 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import make_image_grid
 
-from . import arguments, checkpoints, data, loop
-from .randomness import keyed_seed
+from . import arguments, checkpoints, data, loop, objectives
+from .randomness import keyed_randn, keyed_seed, keyed_uniform
 
 
 WHOLE_MODEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass
+class NoisyBatch:
+    """
+    One micro-batch on the device, as the model sees it and as it is to be answered.
+
+    Args:
+        indices (`list[int]`): global indices of the samples.
+        sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): clean data.
+        noisy_sample (`torch.Tensor` with the shape of `sample`): what the model is given.
+        target (`torch.Tensor` with the shape of `sample`): what it should predict.
+        timesteps (`torch.Tensor` of shape `(batch_size,)`): times of the samples.
+        class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): their classes.
+        class_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): whose class is dropped.
+    """
+
+    indices: list[int]
+    sample: torch.Tensor
+    noisy_sample: torch.Tensor
+    target: torch.Tensor
+    timesteps: torch.Tensor
+    class_labels: torch.Tensor | None
+    class_dropout_mask: torch.Tensor | None
 
 
 class TrainingRun:
@@ -270,7 +295,7 @@ class TrainingRun:
             step (`int`): the optimizer step.
 
         Yields:
-            `dict`: the batches of the step, see `data.collate_examples`.
+            [`NoisyBatch`]: the batches of the step. Every draw is a function of the seed and of a sample's index.
 
         Raises:
             `ValueError`: where more images than `--max_bad_images` cannot be read.
@@ -279,7 +304,7 @@ class TrainingRun:
             batch = next(self._batches)
             # Dropout draws from the global generator: seeding it here makes it a function of the step.
             torch.manual_seed(keyed_seed(self.args.seed, "step", step, micro_step, self.accelerator.process_index))
-            yield batch
+            yield self._add_noise(batch)
             for name in batch["bad_images"]:
                 if name not in self._bad_images:
                     self._bad_images[name] = None
@@ -289,6 +314,24 @@ class TrainingRun:
                     f"More than `--max_bad_images` {self.args.max_bad_images} images cannot be read: "
                     f"{', '.join(self._bad_images)}"
                 )
+
+    def _add_noise(self, batch: dict) -> NoisyBatch:
+        args, device, indices = self.args, self.accelerator.device, batch["sample_indices"]
+        sample = batch["pixel_values"].to(device)
+        noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:]).to(device)
+        sigmas = objectives.sample_sigmas(
+            args.time_sampling, args.seed, indices, self.total_batch_size, args.logit_mean, args.logit_std
+        )
+        timesteps = objectives.sigmas_to_timesteps(self.scheduler, sigmas).to(device)
+        class_labels = dropout_mask = None
+        if self.source.id2label is not None:
+            class_labels = batch["class_labels"].to(device)
+            if self.unwrapped.null_class_label is not None:
+                dropout_mask = keyed_uniform(args.seed, "class_dropout", indices)
+                dropout_mask = (dropout_mask < self.unwrapped.config.class_dropout_prob).to(device)
+        noisy_sample = self.scheduler.add_noise(sample, noise, timesteps)
+        target = objectives.training_target(self.scheduler, sample, noise, timesteps)
+        return NoisyBatch(indices, sample, noisy_sample, target, timesteps, class_labels, dropout_mask)
 
     def optimizer_step(self, step: int) -> None:
         """
