@@ -2,10 +2,12 @@
 """Flow-matching schedulers, a U-Net and dynamic diffusion transformers for Hugging Face diffusers."""
 
 import importlib
+import importlib.util
 
 import diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers reads these off this module when it loads
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
 from .pipelines import DynaDiTPipeline, DynaUNetPipeline
@@ -42,10 +44,13 @@ def _register_with_diffusers() -> None:
 
 def _register_with_cache_dit() -> None:
     """Lets `cache_dit.enable_cache` find the blocks of the dynamic transformer, where cache-dit is installed."""
+    if importlib.util.find_spec("cache_dit") is None:
+        return
     try:
         from cache_dit import BlockAdapter, ForwardPattern
         from cache_dit.caching.block_adapters import BlockAdapterRegister
-    except ImportError:
+    except Exception as error:  # an optional package that is broken must not break this one
+        logging.get_logger(__name__).warning(f"cache-dit is installed, but cannot be used: {error}")
         return
 
     @BlockAdapterRegister.register("DynaDiT")

@@ -51,6 +51,15 @@ from diffusers_dyna.training.randomness import keyed_randn, keyed_seed, keyed_un
 from diffusers_dyna.training.run import TrainingRun, make_loader
 
 
+BUDGET = (
+    "budget",
+    "budget_loss_weight",
+    "budget_warmup_steps",
+    "budget_decay_steps",
+    "complete_loss_steps",
+    "router_learning_rate",
+    "sort_by_importance",
+)
 SHAPE = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "qk_norm")
 NUM_ACTIVITY_IMAGES, NUM_ACTIVITY_TIMES = 8, 20
 
@@ -119,9 +128,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Raises on everything that can be known to be wrong before data and model are touched."""
     arguments.check_arguments(args)
+    given = [name for name in BUDGET if getattr(args, name) != getattr(defaults, name)]
+    if args.static and given:
+        raise ValueError(
+            f"{', '.join(f'`--{name}`' for name in given)} and `--static`, which has no budget, are both set."
+        )
+    for name in ("pretrained_model_name_or_path", "vae"):
+        path = getattr(args, name)
+        is_local = path is not None and (path.startswith((".", "/", "~")) or path.count("/") != 1)
+        if is_local and not Path(path).is_dir() and args.resume_from_checkpoint is None:
+            raise ValueError(
+                f"`--{name}` {path} is not a folder. Give a saved model, or its name on the Hub (owner/name)."
+            )
+    if args.class_dropout_prob is not None and not 0 <= args.class_dropout_prob <= 1:
+        raise ValueError(f"`--class_dropout_prob` {args.class_dropout_prob} must be in [0, 1].")
     if not 0 < args.budget <= 1:
         raise ValueError(f"`--budget` {args.budget} must be in (0, 1]; 1 is the complete model.")
     for name in ("budget_warmup_steps", "budget_decay_steps", "complete_loss_steps"):
@@ -147,7 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        check_arguments(args)
+        check_arguments(args, parser.parse_args([]))
         # One process asks for all: the Hub limits how often a token may be checked.
         if args.push_to_hub and os.environ.get("RANK", "0") == "0":
             check_can_publish(args.hub_model_id or Path(args.output_dir).name)
@@ -156,12 +179,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_transformer(args: argparse.Namespace, source: data.ImageSource, size: int) -> DynaDiTTransformer2DModel:
-    """
-    The model at the start of a run. `size` is the side of its input.
-    """
-    num_classes = len(source.id2label) if source.id2label is not None else None
-    expected = {"sample_size": size, "in_channels": source.channels, "num_classes": num_classes}
+def make_transformer(
+    args: argparse.Namespace, checkpoint: Path | None, size: int, channels: int, num_classes: int | None
+) -> DynaDiTTransformer2DModel:
+    """The model at the start of a run, for inputs of `channels` x `size` x `size`; or that of a checkpoint."""
+    if checkpoint is not None and (checkpoint / "transformer").is_dir():
+        return DynaDiTTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
+    expected = {"sample_size": size, "in_channels": channels, "num_classes": num_classes}
     expected["learn_sigma"] = args.learn_sigma
     if args.class_dropout_prob is not None:
         expected["class_dropout_prob"] = args.class_dropout_prob
@@ -182,27 +206,27 @@ def make_transformer(args: argparse.Namespace, source: data.ImageSource, size: i
     ]
     if different:
         raise ValueError(
-            f"`--pretrained_model_name_or_path` {path} does not fit this run: it has {', '.join(different)}."
+            f"`--pretrained_model_name_or_path` {path} does not fit this run: it has {', '.join(different)}. Use the "
+            "`--resolution`, the data and the flags that it was trained with."
         )
     if args.router_mode not in (None, transformer.config.router_mode):
-        weights = transformer.state_dict()
+        routers, weights = transformer.router_parameters(), transformer.state_dict()
         transformer = DynaDiTTransformer2DModel.from_config(transformer.config, router_mode=args.router_mode)
-        routers = ("attn_rate", "mlp_rate", "token_rate", "token_selection")
-        kept = {name: weight for name, weight in weights.items() if not any(part in name for part in routers)}
+        kept = {name: weight for name, weight in weights.items() if name not in routers}
         transformer.load_state_dict(kept, strict=False)
+    if args.static:
+        # Routers that were trained would make the saved pipeline dynamic again.
+        for block in transformer.transformer_blocks:
+            transformer.initialize_routers(block)
     return transformer
 
 
-def router_parameters(transformer: DynaDiTTransformer2DModel) -> list[torch.nn.Parameter]:
-    routers = ("attn_rate", "mlp_rate", "token_rate", "token_selection")
-    return [p for name, p in transformer.named_parameters() if any(part in name for part in routers)]
-
-
-def make_activity_batch(source: data.ImageSource, transform, seed: int) -> dict:
-    """A few images from all over the data, the same at every validation."""
+def make_activity_batch(source: data.ImageSource, transform, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A few images from all over the data with their classes, the same at every validation."""
     images = data.TrainingImages(source, transform, seed)
     count = min(NUM_ACTIVITY_IMAGES, len(source))
-    return data.collate_examples([images[i, i * len(source) // count] for i in range(count)])
+    batch = data.collate_examples([images[i, i * len(source) // count] for i in range(count)])
+    return batch["pixel_values"], batch["class_labels"] if source.id2label is not None else None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -212,11 +236,20 @@ def main(args: argparse.Namespace) -> None:
     source = data.open_image_source(args)
     resolution = args.resolution or source.native_size or 32
     vae, channels, size = None, source.channels, resolution
+    transform = data.ImageTransform(resolution, channels, args.center_crop, args.random_flip)
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder).to(accelerator.device)
         vae.requires_grad_(False).eval()
-        channels = vae.config.in_channels
-    transform = data.ImageTransform(resolution, channels, args.center_crop, args.random_flip)
+        transform = data.ImageTransform(resolution, vae.config.in_channels, args.center_crop, args.random_flip)
+        channels, size = vae.config.latent_channels, resolution // latents.downsampling_factor(vae)
+    num_classes = len(source.id2label) if source.id2label is not None else None
+    set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
+    transformer = make_transformer(args, run.checkpoint, size, channels, num_classes)
+    if args.sort_by_importance and run.checkpoint is None:
+        sort_by_importance(transformer)
+    scheduler = objectives.make_training_scheduler(
+        args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule, args.learn_sigma, in_latents=vae is not None
+    )
     if vae is not None:
         source = latents.build_latent_cache(
             args.latent_cache_dir or run.output_dir / "latents",
@@ -228,17 +261,10 @@ def main(args: argparse.Namespace) -> None:
             num_workers=args.dataloader_num_workers,
             max_bad_images=args.max_bad_images,
         )
-        transform, size = latents.LatentTransform(vae), source.native_size
-    set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
-    transformer = make_transformer(args, source, size)
-    if args.sort_by_importance and run.checkpoint is None:
-        sort_by_importance(transformer)
-    scheduler = objectives.make_training_scheduler(
-        args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule, args.learn_sigma
-    )
+        transform = latents.LatentTransform(vae)
 
     # 2. Model, optimizer, averages, data
-    routers = router_parameters(transformer)
+    routers = list(transformer.router_parameters().values())
     groups = None
     if args.static:
         for parameter in routers:
@@ -259,20 +285,19 @@ def main(args: argparse.Namespace) -> None:
         defaults=vars(make_parser().parse_args([])),
         parameter_groups=groups,
     )
-    activity_batch = None
-    if run.is_main and not (args.static or args.streaming):
-        activity_batch = make_activity_batch(source, transform, args.seed)
+    activity_images = activity_labels = None
+    if run.is_main and not args.static:
+        if not args.streaming:  # of a stream it is the last batch
+            activity_images, activity_labels = make_activity_batch(source, transform, args.seed)
         activity_log = loop.TrainingLog(run.output_dir / "activity_log.jsonl", run.state["step"])
 
     def measure_activity(model: DynaDiTTransformer2DModel) -> dict:
-        sample = activity_batch["pixel_values"].to(accelerator.device)
+        sample = activity_images.to(accelerator.device)
         noise = keyed_randn(args.seed, "activity", range(len(sample)), sample.shape[1:]).to(accelerator.device)
         sigmas = (torch.arange(NUM_ACTIVITY_TIMES) + 0.5) / NUM_ACTIVITY_TIMES
         timesteps = objectives.sigmas_to_timesteps(scheduler, sigmas).to(accelerator.device)
         noisy = torch.stack([scheduler.add_noise(sample, noise, time.expand(len(sample))) for time in timesteps])
-        labels = None
-        if source.id2label is not None:
-            labels = activity_batch["class_labels"].to(accelerator.device)
+        labels = activity_labels.to(accelerator.device) if activity_labels is not None else None
         return activity.measure_activity(model, noisy, timesteps, labels)
 
     def log_activity(step: int, model: DynaDiTTransformer2DModel) -> None:
@@ -295,14 +320,21 @@ def main(args: argparse.Namespace) -> None:
     num_tokens = (size // transformer.config.patch_size) ** 2
     num_gates = 2 * (transformer.config.num_attention_heads - 1) + num_tokens
     with_complete_loss = not args.static and args.complete_loss_steps > 0
+    is_capacity = transformer.config.router_mode == "capacity"
+    # In threshold mode training throws coins, and inference costs what `activity_log.jsonl` says.
+    ratio_name = "compute_ratio" if is_capacity else "sampled_compute_ratio"
     for step in run.steps():
-        names = ["loss", "diffusion_loss", *([] if args.static else ["compute_ratio"])]
+        names = ["loss", "diffusion_loss", *([] if args.static else [ratio_name])]
         sums = {name: torch.zeros((), device=accelerator.device) for name in names}
         target_ratio = budget.budget_at(step, args.budget, args.budget_warmup_steps, args.budget_decay_steps)
+        mean_ratio = None
+        if is_capacity and not (args.static or run.is_sharded):
+            # Known before the forward pass, over all processes and micro-batches.
+            mean_ratio = transformer.predict_compute_ratio(run.step_timesteps(step), size).mean()
         for batch in run.micro_batches(step):
             with accelerator.accumulate(run.model):
                 gate_noise = None
-                if not args.static and transformer.config.router_mode == "threshold":
+                if not (args.static or is_capacity):
                     shape = (transformer.config.num_layers, num_gates)
                     gate_noise = keyed_uniform(args.seed, "gates", batch.indices, shape).float().to(accelerator.device)
 
@@ -329,9 +361,12 @@ def main(args: argparse.Namespace) -> None:
                 loss, compute_ratio = predict(complete_model=args.static)
                 sums["diffusion_loss"] += loss.detach()
                 if not args.static:
-                    sums["compute_ratio"] += compute_ratio.detach().mean()
+                    sums[ratio_name] += compute_ratio.detach().mean()
+                    known_ratio = mean_ratio
+                    if known_ratio is None:  # of the micro-batch, over all processes
+                        known_ratio = accelerator.reduce(compute_ratio.detach().mean(), reduction="mean")
                     loss = loss + args.budget_loss_weight * budget.budget_loss(
-                        compute_ratio, target_ratio, accelerator
+                        compute_ratio, known_ratio, target_ratio
                     )
                     if with_complete_loss and step < args.complete_loss_steps:
                         loss = loss + predict(complete_model=True)[0]
@@ -339,22 +374,29 @@ def main(args: argparse.Namespace) -> None:
                 sums["loss"] += loss.detach()
                 run.optimizer_step(step)
         run.end_step(step, **sums)
+        if args.streaming and run.is_main:
+            activity_images, activity_labels = (
+                None if values is None else values[:NUM_ACTIVITY_IMAGES]
+                for values in (batch.sample, batch.class_labels)
+            )
 
         if run.is_time_to_validate(step):
             with run.averaged_pipeline() as pipeline:
                 if run.is_main:
                     run.save_samples(step, pipeline)
-                    if activity_batch is not None:
+                    if not args.static:
                         log_activity(step, pipeline.transformer)
 
     # 4. The pipeline, from the averages
     def write_extras(pipeline: DynaDiTPipeline, folder: Path) -> dict:
-        if activity_batch is None:
-            return {"budget": None, "compute_ratio": 1.0 if args.static else None}
+        if args.static or activity_images is None:
+            return {"budget": None if args.static else args.budget}
         measured = measure_activity(pipeline.transformer)
         if importlib.util.find_spec("matplotlib"):
             activity.plot_activity(measured, folder / "activity.png")
-            activity.plot_tokens(measured, activity_batch["pixel_values"], folder / "tokens.png")
+            activity.plot_tokens(measured, activity_images, folder / "tokens.png")
+        else:
+            accelerator.print("Drew no pictures of what the routers do: `pip install matplotlib`.")
         return {"budget": args.budget, "compute_ratio": measured["compute_ratio"].mean().item()}
 
     run.finish(write_extras)

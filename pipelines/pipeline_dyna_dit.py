@@ -195,6 +195,11 @@ class DynaDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> None:
         """Raises a `ValueError` that names the argument for everything a call cannot work with."""
+        if self.transformer.training:
+            raise ValueError(
+                "`transformer` is in training mode, in which it drops labels and computes everything. Call "
+                "`pipe.transformer.eval()` first."
+            )
         config = self.transformer.config
         factor = config.patch_size * self.vae_scale_factor
         if height % factor or width % factor or height < 1 or width < 1:

@@ -193,7 +193,9 @@ class _PackedWeights:
             del self.entries[id(layer), groups]
         cut = layer._cut(groups, low_rank)
         # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
-        if _has_hooks(layer) or self.num_bytes + _num_bytes(cut) > self.max_bytes:
+        # Nor does a weight made in inference mode tell when it is written to.
+        is_untraceable = any(source is not None and source.is_inference() for source in sources)
+        if is_untraceable or _has_hooks(layer) or self.num_bytes + _num_bytes(cut) > self.max_bytes:
             return cut
         cut = tuple(
             tensor if tensor is None else tensor.clone(memory_format=torch.contiguous_format) for tensor in cut
@@ -409,6 +411,9 @@ def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
     if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
+        return None
+    # Dropout acts on the input of the adapter, which a weight cannot hold.
+    if layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in active):
         return None
     if any(_has_hooks(factors[name]) for name in active for factors in (layer.lora_A, layer.lora_B)):
         return None
@@ -801,14 +806,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DynaDiTBlock"]
     _repeated_blocks = ["DynaDiTBlock"]
-    _keep_in_fp32_modules = [
-        "time_embedding",
-        "class_embedding",
-        "attn_rate",
-        "mlp_rate",
-        "token_rate",
-        "token_selection",
-    ]
+    _router_modules = ["attn_rate", "mlp_rate", "token_rate", "token_selection"]
+    _keep_in_fp32_modules = ["time_embedding", "class_embedding", *_router_modules]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", *_keep_in_fp32_modules]
 
     @register_to_config
@@ -832,7 +831,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         mlp_norm_eps: float = 1e-6,
     ):
         super().__init__()
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        sizes = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        if len(sizes) != 2:
+            raise ValueError(f"`sample_size`={sample_size} must be a number, or height and width.")
+        height, width = sizes
         self._check_config(height, width)
         dim = num_attention_heads * attention_head_dim
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -870,8 +872,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"`patch_size`={config.patch_size} must divide `sample_size`={config.sample_size}. Use "
                 f"{', '.join(fitting)}, or another size."
             )
-        if config.num_layers < 1:
-            raise ValueError(f"`num_layers`={config.num_layers} must be at least 1.")
+        for name in ("num_layers", "in_channels"):
+            if config[name] < 1:
+                raise ValueError(f"`{name}`={config[name]} must be at least 1.")
         if config.num_attention_heads < 2:
             raise ValueError(
                 f"`num_attention_heads`={config.num_attention_heads} must be at least 2: head 0 is always on, so there "
@@ -944,6 +947,14 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """The label of the null class, `num_classes`, or `None` for a model that has none."""
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
 
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that decide what is computed, by name; everything else is the complete model's."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if any(module in name.split(".") for module in self._router_modules)
+        }
+
     @property
     def width_mult(self) -> float:
         """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
@@ -960,8 +971,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Raises:
             `ValueError`: outside (0, 1], or where a layer's weights cannot be cut.
         """
-        if not 0 < width_mult <= 1:
-            raise ValueError(f"`width_mult`={width_mult} must be in (0, 1]; 1 is the full width.")
+        if not isinstance(width_mult, (int, float)) or not 0 < width_mult <= 1:
+            raise ValueError(f"`width_mult`={width_mult!r} must be in (0, 1]; 1 is the full width.")
         if width_mult < 1 and not self._can_cut():
             raise ValueError(self._CANNOT_CUT)
         self._width_mult = width_mult
@@ -971,8 +982,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                     module.width_mult = width_mult
 
     _CANNOT_CUT = (
-        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised or carries an adapter that is not "
-        "a plain LoRA. Merge the adapter, or use `set_width(1.0)`."
+        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
+        "plain LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
     )
 
     @apply_lora_scale("attention_kwargs")
@@ -1128,17 +1139,15 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             `ValueError`: on timesteps of another shape, or a label out of range.
         """
         self.clear_plan()
-        if timesteps.ndim != 1 or len(timesteps) == 0:
-            raise ValueError(
-                f"`timesteps` must have shape (num_calls,), but it has shape {tuple(timesteps.shape)}. Give the times "
-                "of all calls in one tensor."
-            )
+        self._check_timesteps(timesteps)
         blocks = self._blocks
         routers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         for block in blocks:
             routers += [block.attn_rate, block.mlp_rate] + ([] if block.token_rate is None else [block.token_rate])
-        if not all(type(router) is DynaFloat32Linear for router in routers):
-            return  # the strength of an adapter can change without a trace, so its decisions are taken in each call
+        # What can change without a trace, as the strength of an adapter or a weight made in inference mode, has its
+        # decisions taken in each call.
+        if not all(type(router) is DynaFloat32Linear and not router.weight.is_inference() for router in routers):
+            return
 
         device = self.pos_embed.proj.weight.device
         if device.type == "meta":  # sequential offloading, whose hooks move what they are given
@@ -1180,6 +1189,39 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 if isinstance(module, DynaLinear):
                     module._packed_weights = plan.packed_weights
 
+    def predict_compute_ratio(
+        self, timesteps: torch.Tensor, sample_size: int | tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """
+        The compute ratio at given times, which in capacity mode is known before a call and the same for every image.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
+            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
+
+        Returns:
+            `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
+
+        Raises:
+            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or a size that do not fit.
+        """
+        if self.config.router_mode != "capacity":
+            raise ValueError(
+                "`router_mode`='threshold' has no compute ratio before a call: its tokens depend on the image. Read it "
+                "off an output with `output_masks=True`."
+            )
+        self._check_timesteps(timesteps)
+        num_tokens = self._num_tokens(sample_size)
+        attn_macs, mlp_macs = self._block_macs(num_tokens)
+        num_active, ratio = self._num_active_groups(), 0.0
+        with torch.no_grad():
+            temb, _ = self._embed(timesteps.float(), None)
+            for block in self._blocks:
+                attn, mlp = (mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb))
+                tokens = (block._keep_rate(temb).clamp(max=1) * num_tokens).round() / num_tokens
+                ratio = ratio + attn_macs * attn + mlp_macs * mlp * tokens
+        return ratio / (len(self._blocks) * (attn_macs + mlp_macs))
+
     def set_plan_step(self, step: int | None) -> None:
         """
         Tells the model which of the prepared timesteps the calls that follow are at, so that it need not read the
@@ -1219,8 +1261,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Args:
             sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
             masks ([`DynaDiTTransformer2DModelOutput`], *optional*):
-                An output with masks, over whose samples the mean is taken. `None` is the complete model at the current
-                width.
+                Output with masks of a dynamic call, over whose samples the mean is taken; the total is that of the
+                skipping form. `None` is a call with `complete_model=True`, at the current width.
 
         Returns:
             `dict` with `"blocks"` and `"total"`.
@@ -1228,11 +1270,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Raises:
             `ValueError`: where the patch size does not divide the size, or the masks are of another size.
         """
-        config = self.config
-        sample_size = config.sample_size if sample_size is None else sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self._check_size(height, width, "sample_size")
-        num_tokens = (height // config.patch_size) * (width // config.patch_size)
+        config, num_tokens = self.config, self._num_tokens(sample_size)
         dim = config.num_attention_heads * config.attention_head_dim
         attn_macs, mlp_macs = self._block_macs(num_tokens)
         patch_values = config.patch_size**2 * num_tokens * dim
@@ -1245,8 +1283,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
         if masks.token_masks is None or masks.token_masks.shape[2] != num_tokens:
             raise ValueError(
-                f"`masks` must be an output of a call with `output_masks=True` at `sample_size`={sample_size}, which "
-                f"has {num_tokens} tokens."
+                f"`masks` must be an output of a call with `output_masks=True` at `sample_size`="
+                f"{sample_size or config.sample_size}, which has {num_tokens} tokens."
             )
         attn_share = masks.attn_masks.detach().float().mean(dim=2)  # (B, L)
         mlp_share = masks.mlp_masks.detach().float().mean(dim=2) * masks.token_masks.detach().float().mean(dim=2)
@@ -1258,6 +1296,20 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         with_scores = (masks.token_masks == 0).any(dim=2).any(dim=0) | (not is_capacity)
         total += config.num_layers * (routers + is_capacity * dim) + int(with_scores.sum()) * selection
         return {"blocks": blocks, "total": blocks + total}
+
+    def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
+        sample_size = self.config.sample_size if sample_size is None else sample_size
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self._check_size(height, width, "sample_size")
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
+
+    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
+        if not torch.is_tensor(timesteps) or timesteps.ndim != 1 or len(timesteps) == 0:
+            given = f"shape {tuple(timesteps.shape)}" if torch.is_tensor(timesteps) else type(timesteps).__name__
+            raise ValueError(
+                f"`timesteps` must be a tensor of shape (num_calls,), but it is {given}. Give the times of all calls in "
+                "one tensor."
+            )
 
     def _block_macs(self, num_tokens: int) -> tuple[int, int]:
         """Multiply-accumulates of attention (score products included) and of the MLP of one complete block."""
@@ -1425,6 +1477,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
     def _prepare_timestep(self, timestep: torch.Tensor | float | int, batch_size: int, device) -> torch.Tensor:
         if not torch.is_tensor(timestep):
+            if not isinstance(timestep, (int, float)):
+                raise TypeError(f"`timestep` must be a number or a tensor, but it is a {type(timestep).__name__}.")
             timestep = torch.tensor(timestep, dtype=torch.float32, device=device)
         if timestep.shape not in ((), (1,), (batch_size,)):
             raise ValueError(
@@ -1461,6 +1515,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                     "(`class_dropout_prob` is 0)."
                 )
             return torch.full((batch_size,), null_label, device=device)
+        if not torch.is_tensor(class_labels) or class_labels.is_floating_point():
+            kind = class_labels.dtype if torch.is_tensor(class_labels) else type(class_labels).__name__
+            raise TypeError(f"`class_labels` must be a tensor of integers, one label per sample, but it is {kind}.")
         if class_labels.shape != (batch_size,):
             raise ValueError(
                 f"`class_labels` must have shape ({batch_size},), one label per sample, but it has shape "

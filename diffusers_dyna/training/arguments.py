@@ -32,6 +32,7 @@ FREE_ON_RESUME = {
     "max_train_steps",
     "num_validation_images",
     "output_dir",
+    "pretrained_model_name_or_path",  # a run goes on from the checkpoint's weights
     "push_to_hub",
     "report_to",
     "resume_from_checkpoint",

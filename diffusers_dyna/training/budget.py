@@ -3,8 +3,6 @@
 
 import torch
 
-from accelerate import Accelerator
-
 
 def budget_at(step: int, budget: float, warmup_steps: int, decay_steps: int) -> float:
     """
@@ -31,20 +29,18 @@ def budget_at(step: int, budget: float, warmup_steps: int, decay_steps: int) -> 
     return 1.0 + progress * (budget - 1.0)
 
 
-def budget_loss(compute_ratio: torch.Tensor, budget: float, accelerator: Accelerator) -> torch.Tensor:
+def budget_loss(compute_ratio: torch.Tensor, mean_ratio: torch.Tensor | float, budget: float) -> torch.Tensor:
     """
-    (mean compute ratio - budget)^2, the mean taken over the micro-batches of all processes before it is squared. The
-    gradient is that of the whole even though every process knows only its own samples: gradients are averaged over
-    processes.
+    (mean compute ratio - budget)^2, the mean taken over the global batch before it is squared. Its gradient comes from
+    the samples at hand; averaged over processes and micro-batches, as gradients are, it is that of the whole.
 
     Args:
-        compute_ratio (`torch.Tensor` of shape `(batch_size,)`): of this process's samples, with gradients.
+        compute_ratio (`torch.Tensor` of shape `(batch_size,)`): of the samples at hand, with gradients.
+        mean_ratio (`torch.Tensor` of shape `()` or `float`): mean over the global batch, without gradients.
         budget (`float`): the ratio that is asked for.
-        accelerator ([`~accelerate.Accelerator`]): the run's.
 
     Returns:
-        `torch.Tensor` of shape `()`, the same value on every process.
+        `torch.Tensor` of shape `()`.
     """
-    local = compute_ratio.mean()
-    excess = accelerator.reduce(local.detach(), reduction="mean") - budget
+    local, excess = compute_ratio.mean(), mean_ratio - budget
     return excess**2 + 2 * excess * (local - local.detach())

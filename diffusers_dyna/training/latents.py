@@ -267,7 +267,7 @@ def _check_inputs(source, transform, vae, batch_size: int, shard_size: int, dtyp
             f"`transform` gives {transform.channels} channels, but `vae` takes {vae.config.in_channels}. Make it with "
             "`channels=vae.config.in_channels`."
         )
-    factor = _downsampling(vae)
+    factor = downsampling_factor(vae)
     if transform.resolution % factor:
         raise ValueError(
             f"The resolution {transform.resolution} must be a multiple of {factor}, by which `vae` shrinks."
@@ -279,7 +279,14 @@ def _check_inputs(source, transform, vae, batch_size: int, shard_size: int, dtyp
         raise ValueError(f"`dtype`={dtype} must be torch.float32 or torch.float16.")
 
 
-def _downsampling(vae: AutoencoderKL) -> int:
+def downsampling_factor(vae: AutoencoderKL) -> int:
+    """
+    Args:
+        vae ([`~diffusers.AutoencoderKL`]): the VAE.
+
+    Returns:
+        `int`: side of an image over the side of its latents.
+    """
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -356,7 +363,7 @@ def _encode(
     )
     batches = iter(loader)
     num_views = 2 if transform.random_flip else 1
-    side = transform.resolution // _downsampling(vae)
+    side = transform.resolution // downsampling_factor(vae)
     for shard, images in images_of.items():
         moments = torch.full((len(images), num_views, 2, vae.config.latent_channels, side, side), torch.nan).to(dtype)
         bad_images = {}

@@ -17,7 +17,11 @@ TIME_SAMPLINGS = ("uniform", "logit_normal", "stratified")
 
 
 def make_training_scheduler(
-    objective: str, num_train_timesteps: int = 1000, beta_schedule: str = "linear", learn_sigma: bool = False
+    objective: str,
+    num_train_timesteps: int = 1000,
+    beta_schedule: str = "linear",
+    learn_sigma: bool = False,
+    in_latents: bool = False,
 ) -> SchedulerMixin:
     """
     The scheduler that corrupts the data in training and is saved with the pipeline.
@@ -27,6 +31,7 @@ def make_training_scheduler(
         num_train_timesteps (`int`, defaults to `1000`): steps of DDPM; flow matching is continuous.
         beta_schedule (`str`, defaults to `"linear"`): `beta_schedule` of [`~diffusers.DDPMScheduler`].
         learn_sigma (`bool`, defaults to `False`): whether DDPM's variances are learned, see [`variational_bound`].
+        in_latents (`bool`, defaults to `False`): whether the data is not in [-1, 1], so that nothing may be clipped.
 
     Returns:
         [`FlowMatchODEScheduler`] or [`~diffusers.DDPMScheduler`].
@@ -41,6 +46,7 @@ def make_training_scheduler(
             num_train_timesteps=num_train_timesteps,
             beta_schedule=beta_schedule,
             variance_type="learned_range" if learn_sigma else "fixed_small",
+            clip_sample=not in_latents,
         )
     raise ValueError(f"`objective`={objective!r} is unknown. Use one of {', '.join(map(repr, OBJECTIVES))}.")
 
@@ -154,7 +160,8 @@ def variational_bound(
             Detached by the caller: the bound is to train the variances only.
         variance_prediction (`torch.Tensor` with the shape of `sample`):
             v, where the log-variance is the mix (v + 1) / 2 of log beta and (1 - v) / 2 of the posterior's.
-        sample (`torch.Tensor` with the shape of `noise_prediction`): clean data, in [-1, 1] for the last term.
+        sample (`torch.Tensor` with the shape of `noise_prediction`):
+            Clean data. The last term reads it as 8-bit values in [-1, 1]; DiT keeps it so for latents.
         noisy_sample (`torch.Tensor` with the shape of `sample`): its noisy form.
         timesteps (`torch.Tensor` of shape `(batch_size,)`): int64 steps.
 

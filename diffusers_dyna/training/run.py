@@ -107,9 +107,16 @@ class TrainingRun:
             plugin = self.accelerator.state.deepspeed_plugin
             if plugin.zero_stage > 2:
                 raise ValueError(
-                    f"DeepSpeed ZeRO stage {plugin.zero_stage} leaves no process a weight to average. Use stage 2, or "
+                    f"DeepSpeed ZeRO stage {plugin.zero_stage} leaves no process a whole model to save. Use stage 2, or "
                     "FSDP."
                 )
+            if args.use_ema:
+                raise ValueError(
+                    "`--use_ema` does not work with DeepSpeed, which keeps the weights in half precision: their average "
+                    "would not move. Give `--no-use_ema`, or use FSDP."
+                )
+            if args.skip_grad_norm is not None:
+                raise ValueError("`--skip_grad_norm` does not work with DeepSpeed, which steps by itself.")
         self.is_main = self.accelerator.is_main_process
         if self.is_main:
             checkpoints.sweep_partial_folders(self.output_dir)
@@ -122,6 +129,24 @@ class TrainingRun:
     def total_batch_size(self) -> int:
         """Samples of one optimizer step, over all processes and accumulation."""
         return self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+
+    def step_timesteps(self, step: int) -> torch.Tensor:
+        """
+        Args:
+            step (`int`): an optimizer step.
+
+        Returns:
+            `torch.Tensor` of shape `(total_batch_size,)`: the times of all its samples, also of other processes.
+        """
+        indices = range(step * self.total_batch_size, (step + 1) * self.total_batch_size)
+        return self._timesteps(indices).to(self.accelerator.device)
+
+    def _timesteps(self, indices) -> torch.Tensor:
+        args = self.args
+        sigmas = objectives.sample_sigmas(
+            args.time_sampling, args.seed, indices, self.total_batch_size, args.logit_mean, args.logit_std
+        )
+        return objectives.sigmas_to_timesteps(self.scheduler, sigmas)
 
     def start(
         self,
@@ -180,7 +205,10 @@ class TrainingRun:
                     f"`--max_train_steps` {args.max_train_steps} is below the {self.state['step']} steps of "
                     f"{self.checkpoint.name}."
                 )
-            loop.check_resume(self.state["identity"], self.identity, defaults)
+            # What is free may have been part of the identity when the checkpoint was made.
+            free = arguments.FREE_ON_RESUME - self.identity.keys()
+            saved = {name: value for name, value in self.state["identity"].items() if name not in free}
+            loop.check_resume(saved, self.identity, defaults)
 
         if args.gradient_checkpointing:
             unwrapped.enable_gradient_checkpointing()
@@ -319,10 +347,7 @@ class TrainingRun:
         args, device, indices = self.args, self.accelerator.device, batch["sample_indices"]
         sample = batch["pixel_values"].to(device)
         noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:]).to(device)
-        sigmas = objectives.sample_sigmas(
-            args.time_sampling, args.seed, indices, self.total_batch_size, args.logit_mean, args.logit_std
-        )
-        timesteps = objectives.sigmas_to_timesteps(self.scheduler, sigmas).to(device)
+        timesteps = self._timesteps(indices).to(device)
         class_labels = dropout_mask = None
         if self.source.id2label is not None:
             class_labels = batch["class_labels"].to(device)
@@ -353,11 +378,13 @@ class TrainingRun:
             limit = self.args.skip_grad_norm
             is_skipped = is_finite and limit is not None and self.grad_norm > limit
             self.state["skipped_steps"] += is_skipped
-            # With fp16, the gradient scaler skips the step itself and lowers its scale.
-            if (is_finite and not is_skipped) or accelerator.scaler is not None:
+            # With fp16, the gradient scaler skips a step that is not finite itself and lowers its scale.
+            if not is_skipped and (is_finite or accelerator.scaler is not None):
                 self.optimizer.step()
-                if is_finite and self.ema is not None:
-                    self.ema.step(self.unwrapped.parameters())
+            elif accelerator.scaler is not None:
+                accelerator.scaler.update()
+            if is_finite and not is_skipped and self.ema is not None:
+                self.ema.step(self.unwrapped.parameters())
         self.optimizer.zero_grad()
 
     def end_step(self, step: int, **sums: torch.Tensor) -> None:

@@ -338,6 +338,17 @@ def test_lora_with_a_smaller_width(peft):
     torch.testing.assert_close(run(model, arguments, complete_model=True).sample, complete, rtol=1e-4, atol=5e-4)
 
 
+def test_lora_dropout_is_not_left_out(peft):
+    """A cut weight holds the adapter, but not what it drops of its input."""
+    model, arguments = with_lora(peft, lora_dropout=0.5)
+    model.eval()  # PEFT adds its layers in training mode
+    model.set_width(0.5)
+    run(model, arguments)  # nothing is dropped in evaluation mode
+    model.train()
+    with pytest.raises(ValueError, match="or trains one with dropout. Merge the adapter, or use"):
+        model(**arguments)
+
+
 def test_lora_gradients(peft):
     """Adapters learn in the masked form, with checkpointing, and nothing else does."""
     model, arguments = with_lora(peft, "threshold")

@@ -827,6 +827,20 @@ def test_macs_of_a_prepared_trajectory():
     assert counted_macs(model, arguments) == pytest.approx(total - known, rel=1e-6)
 
 
+@pytest.mark.parametrize("width_mult", [1.0, 0.5])
+def test_the_ratio_is_known_before_the_call(width_mult):
+    arguments = dit_inputs()
+    model = mixed_dyna_dit(arguments, router_mode="capacity")
+    model.set_width(width_mult)
+    output = run(model, arguments, output_masks=True)
+    torch.testing.assert_close(model.predict_compute_ratio(arguments["timestep"]), output.compute_ratio)
+    larger = {**arguments, "hidden_states": randn(3, 4, 8, 12)}
+    output = run(model, larger, output_masks=True)
+    torch.testing.assert_close(model.predict_compute_ratio(arguments["timestep"], (8, 12)), output.compute_ratio)
+    with pytest.raises(ValueError, match="`router_mode`='threshold' has no compute ratio before a call"):
+        tiny_dyna_dit(router_mode="threshold").predict_compute_ratio(arguments["timestep"])
+
+
 def test_macs_of_xl():
     with torch.device("meta"):
         model = DynaDiTTransformer2DModel.from_config(DYNA_DIT_CONFIGS["DiT-XL/2"])
@@ -1033,6 +1047,22 @@ def test_plan_notices_changes(router_mode, change):
     assert_plan_is_not_stale(model, arguments)
     after = run(model, arguments).sample
     assert torch.allclose(before, after.float(), atol=1e-3) == (change in ("double", "train"))
+
+
+def test_weights_made_in_inference_mode_are_not_kept():
+    """They do not tell when they are written to."""
+    arguments = dit_inputs(same_time=True)
+    with torch.inference_mode():
+        model = mixed_dyna_dit(arguments, router_mode="capacity")
+        prepared(model, arguments)
+        before = run(model, arguments).sample
+        model.transformer_blocks[0].mlp.fc1.weight.mul_(3.0)
+        model.transformer_blocks[0].attn_rate.bias.neg_()
+        after = run(model, arguments).sample
+        fresh = copy.deepcopy(model)
+        fresh.clear_plan()
+        torch.testing.assert_close(after, run(fresh, arguments).sample)
+        assert not torch.allclose(before, after, atol=1e-3)
 
 
 def test_plan_with_other_inputs():
@@ -1413,6 +1443,8 @@ def test_forward_with_cfg(guidance_channels, guidance_scale):
             {"qk_norm": "batch_norm"},
             r"`qk_norm`='batch_norm' is unknown. Use one of 'layer_norm', 'rms_norm', or None",
         ),
+        ({"in_channels": 0}, "`in_channels`=0 must be at least 1"),
+        ({"sample_size": (8,)}, r"`sample_size`=\(8,\) must be a number, or height and width"),
         ({"router_mode": "topk"}, r"`router_mode`='topk' is unknown. Use one of 'threshold', 'capacity'"),
     ],
 )
@@ -1451,6 +1483,20 @@ def test_wrong_inputs(overrides, message):
             call(tiny_dyna_dit(), dit_inputs(), **overrides)
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"class_labels": 3}, "`class_labels` must be a tensor of integers, .* but it is int"),
+        ({"class_labels": [1, 2, 3]}, "`class_labels` must be a tensor of integers, .* but it is list"),
+        ({"class_labels": torch.ones(3)}, "`class_labels` must be a tensor of integers, .* but it is torch.float32"),
+        ({"timestep": "noise"}, "`timestep` must be a number or a tensor, but it is a str"),
+    ],
+)
+def test_inputs_of_the_wrong_type(overrides, message):
+    with pytest.raises(TypeError, match=message):
+        run(tiny_dyna_dit(), dit_inputs(), **overrides)
+
+
 def test_wrong_class_inputs_of_models_without_them():
     mask = torch.tensor([True, False, False])
     with pytest.raises(ValueError, match="`class_labels` were given, but the model is unconditional"):
@@ -1470,6 +1516,8 @@ def test_wrong_width(width_mult):
     with pytest.raises(ValueError, match=rf"`width_mult`={width_mult} must be in \(0, 1\]; 1 is the full width"):
         model.set_width(width_mult)
     assert model.width_mult == 1
+    with pytest.raises(ValueError, match="`width_mult`='half' must be in"):
+        model.set_width("half")
 
 
 def test_wrong_guidance():
@@ -1484,8 +1532,10 @@ def test_wrong_guidance():
 def test_wrong_plans():
     model = tiny_dyna_dit()
     for timesteps in (torch.tensor(3.0), torch.zeros(2, 2), torch.zeros(0)):
-        with pytest.raises(ValueError, match=r"`timesteps` must have shape \(num_calls,\), but it has shape"):
+        with pytest.raises(ValueError, match=r"`timesteps` must be a tensor of shape \(num_calls,\), but it is shape"):
             model.prepare_timesteps(timesteps)
+    with pytest.raises(ValueError, match=r"`timesteps` must be a tensor of shape \(num_calls,\), but it is list"):
+        model.prepare_timesteps([1.0, 2.0])
     with pytest.raises(ValueError, match=r"`class_labels` must be in \[0, 6\), but they hold \[7\]"):
         model.prepare_timesteps(torch.tensor([1.0]), torch.tensor([7]))
     with pytest.raises(ValueError, match=r"`class_labels` must have shape \(1,\)"):

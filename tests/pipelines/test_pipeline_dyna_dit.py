@@ -1266,3 +1266,10 @@ def test_what_callers_may_pass_in_another_form():
     expected = draw(pipe, [0, 1], generator=generators(0, 1))
     assert torch.equal(draw(pipe, np.array([0, 1]), generator=tuple(generators(0, 1))), expected)
     assert torch.equal(draw(pipe, [0, 1], generator=generators(0, 1), num_inference_steps=3.0), expected)
+
+
+def test_a_transformer_in_training_mode():
+    pipe = make_pipeline()
+    pipe.transformer.train()
+    with pytest.raises(ValueError, match="`transformer` is in training mode, .* Call `pipe.transformer.eval"):
+        pipe([0], num_inference_steps=1)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,16 +28,18 @@ from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatch
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_dyna_dit.py"
 SHAPE = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8}
+BUDGET = {
+    "budget_warmup_steps": 2,
+    "budget_decay_steps": 4,
+    "budget": 0.5,
+    "router_learning_rate": 1e-1,
+}
 TINY = {
     "train_batch_size": 16,
     "learning_rate": 1e-3,
     "lr_warmup_steps": 5,
     "lr_scheduler": "constant_with_warmup",
     "ema_decay": 0.9,
-    "budget_warmup_steps": 2,
-    "budget_decay_steps": 4,
-    "budget": 0.5,
-    "router_learning_rate": 1e-1,
     "time_sampling": "stratified",
     "num_validation_images": 4,
     "validation_inference_steps": 2,
@@ -49,7 +52,8 @@ ROUTERS = ("attn_rate", "mlp_rate", "token_rate", "token_selection")
 def command(output_dir, processes=1, **options):
     words = []
     shape = {} if "pretrained_model_name_or_path" in options or "preset" in options else SHAPE
-    for name, value in {**shape, **TINY, "output_dir": output_dir, **options}.items():
+    budget = {} if "static" in options else BUDGET
+    for name, value in {**shape, **TINY, **budget, "output_dir": output_dir, **options}.items():
         words += [f"--{name}", *([] if value is True else [str(value)])]
     if processes == 1:
         return [sys.executable, str(SCRIPT), *words]
@@ -141,8 +145,14 @@ class TestStatic:
     def test_the_control_trains_on(self, run_here, static_run, tmp_path):
         run_here(tmp_path / "run", static=True, pretrained_model_name_or_path=static_run, max_train_steps=2)
         summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
-        assert summary["compute_ratio"] == 1.0
         assert summary["budget"] is None
+
+    def test_the_control_of_a_dynamic_model_is_static(self, run_here, dynamic_run, tmp_path):
+        pipe = DynaDiTPipeline.from_pretrained(dynamic_run)
+        assert pipe([0], num_inference_steps=4, output_compute_ratio=True).compute_ratio < 0.8
+        run_here(tmp_path / "run", static=True, pretrained_model_name_or_path=dynamic_run, max_train_steps=1)
+        pipe = DynaDiTPipeline.from_pretrained(tmp_path / "run")
+        assert pipe([0], num_inference_steps=4, output_compute_ratio=True).compute_ratio == 1.0
 
 
 class TestBudget:
@@ -174,7 +184,11 @@ class TestBudget:
             validation_steps=60,
             router_learning_rate=0.5,
         )
-        assert read_log(tmp_path / "run")[-1]["compute_ratio"] == pytest.approx(0.5, abs=0.1)
+        assert read_log(tmp_path / "run")[-1]["sampled_compute_ratio"] == pytest.approx(0.5, abs=0.1)
+        deterministic = read_log(tmp_path / "run", "activity_log.jsonl")[-1]["compute_ratio"]
+        pipe = DynaDiTPipeline.from_pretrained(tmp_path / "run")
+        output = pipe(list(range(10)), num_inference_steps=20, output_compute_ratio=True)
+        assert output.compute_ratio == pytest.approx(deterministic, abs=0.1)
         model = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer")
         assert model.config.router_mode == "threshold"
         assert model.transformer_blocks[0].token_rate is None
@@ -207,6 +221,45 @@ class TestBudget:
         # At the start the dynamic model is the complete one, and so are their losses.
         assert both[0]["loss"] == pytest.approx(2 * one[0]["loss"], rel=1e-4)
         assert both[1]["loss"] < 1.5 * one[1]["loss"]
+
+    def test_accumulation_changes_nothing(self, run_here, dynamic_run, tmp_path):
+        """The budget's mean is over all micro-batches: the compute of these depends on their times."""
+        for accumulation in (1, 4):
+            run_here(
+                tmp_path / str(accumulation),
+                pretrained_model_name_or_path=dynamic_run,
+                gradient_accumulation_steps=accumulation,
+                train_batch_size=16 // accumulation,
+                max_train_steps=6,
+                num_validation_images=0,
+                budget_warmup_steps=100,
+            )
+        one, four = (read_log(tmp_path / name) for name in ("1", "4"))
+        for name in ("loss", "compute_ratio", "grad_norm"):
+            np.testing.assert_allclose([x[name] for x in one], [x[name] for x in four], rtol=2e-4)
+        assert one[0]["compute_ratio"] < 0.8
+
+    def test_a_stream_has_a_budget_too(self, run_here, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        rng = np.random.default_rng(0)
+        rows = [
+            {"image": PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)), "label": i % 2}
+            for i in range(50)
+        ]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "data")
+        run_here(
+            tmp_path / "run",
+            dataset_name=tmp_path / "data",
+            streaming=True,
+            resolution=8,
+            max_train_steps=4,
+            validation_steps=2,
+        )
+        assert [line["step"] for line in read_log(tmp_path / "run", "activity_log.jsonl")] == [2, 4]
+        summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+        assert summary["budget"] == 0.5
+        assert 0 < summary["compute_ratio"] <= 1
 
 
 class TestResume:
@@ -272,9 +325,10 @@ class TestProcesses:
             run(tmp_path / str(processes), processes, train_batch_size=batch_size, num_validation_images=0, **options)
         one, two = read_log(tmp_path / "1"), read_log(tmp_path / "2")
         assert [line["lr"] for line in one] == [line["lr"] for line in two]
-        for name in ("loss", "compute_ratio"):
+        ratio = "compute_ratio" if router_mode == "capacity" else "sampled_compute_ratio"
+        for name in ("loss", ratio):
             np.testing.assert_allclose([x[name] for x in one], [x[name] for x in two], atol=1e-4, rtol=0)
-        assert one[-1]["compute_ratio"] < 0.97
+        assert one[-1][ratio] < 0.97
 
 
 class TestForms:
@@ -290,6 +344,9 @@ class TestForms:
         )
         vae.save_pretrained(tmp_path / "vae")
         options = {"vae": tmp_path / "vae", "random_flip": True, "max_train_steps": 4, "checkpointing_steps": 2}
+        with pytest.raises(ValueError, match="`patch_size`=3 must divide `sample_size`=4"):
+            run_here(tmp_path / "run", **{**options, "patch_size": 3})
+        assert not (tmp_path / "run").exists()  # found before an hour of encoding
         run_here(tmp_path / "run", **options)
         pipe = DynaDiTPipeline.from_pretrained(tmp_path / "run")
         assert (pipe.transformer.config.sample_size, pipe.transformer.config.in_channels) == (4, 2)
@@ -304,19 +361,23 @@ class TestForms:
         run_here(tmp_path / "parts", resume_from_checkpoint="latest", **moved)
         assert filecmp.cmp(tmp_path / "run" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
 
+        run_here(tmp_path / "ddpm", objective="epsilon", learn_sigma=True, **{**moved, "max_train_steps": 1})
+        scheduler = DDPMScheduler.from_pretrained(tmp_path / "ddpm", subfolder="scheduler")
+        assert not scheduler.config.clip_sample  # latents go beyond [-1, 1]
+
     def test_learned_variances(self, run_here, tmp_path):
         run_here(tmp_path / "run", objective="epsilon", learn_sigma=True, max_train_steps=3, ddpm_num_steps=50)
         pipe = DynaDiTPipeline.from_pretrained(tmp_path / "run")
         assert isinstance(pipe.scheduler, DDPMScheduler)
         assert pipe.scheduler.config.variance_type == "learned_range"
+        assert pipe.scheduler.config.clip_sample
         assert pipe.transformer.out_channels == 2
         assert pipe("5", num_inference_steps=2).images[0].size == (8, 8)
 
     def test_preset_and_unconditional(self, script, tmp_path):
         words = command(tmp_path / "run", preset="DiT-S/2", qk_norm="rms_norm", unconditional=True)
         args = script.parse_args(words[2:])
-        source = script.data.open_image_source(args)
-        model = script.make_transformer(args, source, 8)
+        model = script.make_transformer(args, None, size=8, channels=1, num_classes=None)
         assert (model.config.num_layers, model.config.num_attention_heads, model.config.patch_size) == (12, 6, 2)
         assert (model.config.sample_size, model.config.in_channels, model.config.num_classes) == (8, 1, None)
         assert model.config.qk_norm == "rms_norm"
@@ -360,10 +421,13 @@ class TestBadInput:
             (["--router_learning_rate", "0"], "`--router_learning_rate` 0.0 must be above 0"),
             (["--learn_sigma"], "`--learn_sigma` is for `--objective epsilon`"),
             (["--latent_cache_dir", "x"], "`--latent_cache_dir` and `--vae_subfolder` are for `--vae`"),
-            (["--vae", "x", "--streaming", "--dataset_name", "y"], "cannot be used with `--streaming`"),
+            (["--vae", "ada/x", "--streaming", "--dataset_name", "y"], "cannot be used with `--streaming`"),
+            (["--static", "--budget", "0.5"], "`--budget` and `--static`, which has no budget, are both set"),
+            (["--class_dropout_prob", "7"], "`--class_dropout_prob` 7.0 must be in [0, 1]"),
+            (["--vae", "no/such/folder"], "`--vae` no/such/folder is not a folder"),
             (["--preset", "DiT-H/2"], "argument --preset: invalid choice: 'DiT-H/2'"),
             (
-                ["--pretrained_model_name_or_path", "x", "--num_layers", "3"],
+                ["--pretrained_model_name_or_path", "ada/x", "--num_layers", "3"],
                 "`--num_layers` and `--pretrained_model_name_or_path` both define the model",
             ),
         ],
