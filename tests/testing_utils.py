@@ -2,21 +2,13 @@
 """What several test files share: models small enough for a test, and the messages that diffusers logs."""
 
 import contextlib
-import importlib.metadata
 import logging
 import math
 
-import pytest
 import torch
 
 from diffusers_dyna import DynaDiTTransformer2DModel, DynaUNet2DModel
 
-
-# diffusers 0.40 asks torch for the accelerator's type, also where there is none.
-can_group_offload = pytest.mark.skipif(
-    importlib.metadata.version("diffusers").startswith("0.40.") and not torch.accelerator.is_available(),
-    reason="group offloading in diffusers 0.40 needs an accelerator",
-)
 
 TINY_UNET = {
     "sample_size": 8,

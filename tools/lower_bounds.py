@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Prints a constraints file with the lower bounds of `setup.cfg`: `diffusers>=0.40` becomes `diffusers==0.40`.
+Prints a constraints file with the lower bounds of `setup.cfg`: `diffusers>=0.41` becomes `diffusers==0.41`.
 
     python tools/lower_bounds.py > constraints-floor.txt
 

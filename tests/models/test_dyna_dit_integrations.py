@@ -24,7 +24,7 @@ from diffusers_dyna.models.transformer_dyna_dit import (
     DynaFloat32Linear,
 )
 
-from ..testing_utils import assert_mixed, can_group_offload, dit_inputs, mixed_dyna_dit, randn, tiny_dyna_dit
+from ..testing_utils import assert_mixed, dit_inputs, mixed_dyna_dit, randn, tiny_dyna_dit
 
 
 # Two orders of summation of the same float32 products, through three layers with outputs of order 5.
@@ -647,7 +647,6 @@ def test_quantised_layers_run_masked(layer, subclass, monkeypatch):
 # Offloading
 
 
-@can_group_offload
 @pytest.mark.parametrize("router_mode", MODES)
 @pytest.mark.parametrize(
     "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]

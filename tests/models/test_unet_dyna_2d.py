@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers_dyna import DynaUNet2DModel
 from diffusers_dyna.models.unet_dyna_2d import DynaUNetAttention, DynaUNetAttnProcessor
 
-from ..testing_utils import TINY_UNET, UNCONDITIONAL, can_group_offload, logged_warnings, randn, randomize_, tiny_unet
+from ..testing_utils import TINY_UNET, UNCONDITIONAL, logged_warnings, randn, randomize_, tiny_unet
 
 
 # Two orders of summation of the same float32 products, through about twenty layers with values of order 1.
@@ -600,7 +600,6 @@ def test_layerwise_casting():
     assert {name for name, value in model.state_dict().items() if value.dtype == torch.float8_e4m3fn} == stored
 
 
-@can_group_offload
 @pytest.mark.parametrize(
     "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
 )

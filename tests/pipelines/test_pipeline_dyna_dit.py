@@ -41,7 +41,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
 from diffusers_dyna.pipelines import DynaDiTPipelineOutput
 
-from ..testing_utils import UNCONDITIONAL, can_group_offload, logged_warnings, randn
+from ..testing_utils import UNCONDITIONAL, logged_warnings, randn
 
 
 # Two orders of summation of the same float32 products, through the layers of the transformer and a few steps.
@@ -1010,7 +1010,6 @@ def test_cpu_offload_needs_an_accelerator():
     assert pipe.model_cpu_offload_seq == "transformer->vae"
 
 
-@can_group_offload
 def test_offload_hooks_on_cpu():
     """The hooks of the ways to offload, with the CPU as the device that they move the models to."""
     pipe = make_pipeline(vae=tiny_vae(), **LATENT)

@@ -33,7 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline, FlowMatchODEScheduler
 
-from ..testing_utils import UNCONDITIONAL, can_group_offload, logged_warnings, randn, tiny_unet
+from ..testing_utils import UNCONDITIONAL, logged_warnings, randn, tiny_unet
 
 
 # Two orders of summation of the same float32 products, through the layers of the U-Net and a few steps.
@@ -539,7 +539,6 @@ def test_cpu_offload_needs_an_accelerator():
     assert pipe.model_cpu_offload_seq == "unet"
 
 
-@can_group_offload
 def test_offload_hooks_on_cpu():
     """The hooks of `enable_model_cpu_offload`, with the CPU as the device that they move the U-Net to."""
     pipe = make_pipeline()
