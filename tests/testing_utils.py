@@ -171,3 +171,8 @@ def logged_warnings():
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Memory of a tensor, or of a weight in oneDNN's layout."""
+    return torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.untyped_storage().nbytes()

@@ -5,6 +5,7 @@ Hub repository.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,9 @@ QK_NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 GATE_TEMPERATURE = 5.0
 # In capacity mode the keep rate of the tokens is this times a sigmoid, cut at 1: all tokens are within reach of it.
 TOKEN_RATE_SCALE = 1.01
+# Graphs that compiled blocks may need for single heads, groups or tokens, and for layers without any: torch compiles
+# these apart, and no more than 8 in all.
+MAX_SPECIAL_GRAPHS = 1
 
 
 def _presets() -> dict[str, dict]:
@@ -73,6 +77,68 @@ def round_to_nearest(input_size: int, width_mult: float, num_heads: int, min_val
     return max(int(round(num_heads * width_mult) * input_size / num_heads), min_value)
 
 
+@torch.compiler.assume_constant_result
+def _has_onednn(dtype: torch.dtype) -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, without gradients and autocast."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype == weight.dtype
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and type(input) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and weight.is_contiguous()
+        and input.numel() > 0
+        and _has_onednn(weight.dtype)
+    )
+
+
+def _onednn_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool
+) -> torch.Tensor:
+    gelu = ("gelu", [], "tanh") if with_gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, *gelu)
+
+
+# As an operator of its own for compiled graphs: inductor takes oneDNN's only with constant weights.
+if not hasattr(torch.ops.diffusers_dyna, "linear"):  # this file may be loaded twice, also as a copy from the Hub
+    torch.library.custom_op("diffusers_dyna::linear", _onednn_linear, mutates_args=()).register_fake(
+        lambda input, weight, bias, with_gelu: input.new_empty((*input.shape[:-1], weight.shape[0]))
+    )
+
+
+def _linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool = False
+) -> torch.Tensor:
+    """
+    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN: in float32 2.2 times as fast as
+    MKL on AMD processors with AVX-512, and GELU costs nothing there (`python examples/benchmark.py --only static`).
+    """
+    if torch.compiler.is_compiling():
+        if _can_use_onednn(input, weight):
+            return torch.ops.diffusers_dyna.linear(input, weight, bias, with_gelu)
+    elif weight.is_mkldnn or _can_use_onednn(input, weight):
+        return _onednn_linear(input, weight, bias, with_gelu)
+    output = F.linear(input, weight, bias)
+    return F.gelu(output, approximate="tanh") if with_gelu else output
+
+
+class DynaDenseLinear(nn.Linear):
+    """A Linear that takes the faster of torch's products."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _linear(input, self.weight, self.bias)
+
+
 class DynaLinear(nn.Linear):
     """
     A Linear whose inputs and outputs can shrink at run time: to a leading part of the groups (`width_mult`), or to any
@@ -103,21 +169,24 @@ class DynaLinear(nn.Linear):
         self.dyna_dim = dyna_dim
         self.width_mult = 1.0
         self._packed_weights = None  # while a trajectory is prepared: the store that the layers of the model share
+        self._traced_weights = None  # what a compiled call uses for the groups that it gives as a tensor
 
     def forward(
         self,
         input: torch.Tensor,
-        groups: tuple[int, ...] | None = None,
+        groups: tuple[int, ...] | torch.Tensor | None = None,
         low_rank: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None,
+        with_gelu: bool = False,
     ) -> torch.Tensor:
         r"""
         Args:
             input (`torch.Tensor` of shape `(..., in_width)`):
                 Where the input side is dynamic, only the channels of `groups`, in their order.
-            groups (`tuple[int, ...]`, *optional*):
+            groups (`tuple[int, ...]` or `torch.Tensor`, *optional*):
                 Ascending indices of the groups that take part. `None` is the leading part that `width_mult` names.
             low_rank (`list[tuple[torch.Tensor, torch.Tensor, float]]`, *optional*):
                 LoRA factors `(A, B, scale)` of the full layer; the weight used is the cut of `weight + scale * B @ A`.
+            with_gelu (`bool`, *optional*, defaults to `False`): apply GELU (tanh) to the output.
 
         Returns:
             `torch.Tensor` of shape `(..., out_width)`.
@@ -125,29 +194,34 @@ class DynaLinear(nn.Linear):
         if groups is None:
             num_groups = round_to_nearest(self.num_heads, self.width_mult, self.num_heads)
             groups = tuple(range(num_groups))
-        if len(groups) == self.num_heads and not low_rank:
-            return F.linear(input, self.weight, self.bias)
+        if torch.is_tensor(groups) and self._traced_weights is not None:
+            return _linear(input, *self._traced_weights, with_gelu)
         store = self._packed_weights
-        if store is None or torch.is_grad_enabled():
-            return F.linear(input, *self._cut(groups, low_rank or []))
-        return F.linear(input, *store.get(self, groups, low_rank or []))
+        if store is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            weight, bias = store.get(self, groups, low_rank or [], input)
+        else:
+            weight, bias = self._cut(groups, low_rank or [])
+        return _linear(input, weight, bias, with_gelu)
 
     def _cut(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of some groups, adapters included."""
+        """Weight and bias of some groups, adapters included. Full ones are the layer's own."""
         weight = self._cut_columns(self._cut_rows(self.weight, groups), groups)
         for down, up, scale in low_rank:
             update = self._cut_rows(up, groups) @ self._cut_columns(down, groups)
             weight = weight + (scale * update).to(weight.dtype)
         return weight, None if self.bias is None else self._cut_rows(self.bias, groups)
 
+    def _are_all(self, groups) -> bool:
+        return not torch.is_tensor(groups) and len(groups) == self.num_heads
+
     def _cut_rows(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[1] or len(groups) == self.num_heads:
+        if not self.dyna_dim[1] or self._are_all(groups):
             return tensor
         stacked = rearrange(tensor, "(s g d) ... -> s g d ...", s=self.num_stacked, g=self.num_heads)
         return rearrange(_take(stacked, groups, dim=1), "s g d ... -> (s g d) ...")
 
     def _cut_columns(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[0] or len(groups) == self.num_heads:
+        if not self.dyna_dim[0] or self._are_all(groups):
             return tensor
         grouped = rearrange(tensor, "o (g d) -> o g d", g=self.num_heads)
         return rearrange(_take(grouped, groups, dim=1), "o g d -> o (g d)")
@@ -169,44 +243,109 @@ class DynaQKVLinear(DynaLinear):
         super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
 
 
-def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
-    if groups == tuple(range(len(groups))):
-        return tensor.narrow(dim, 0, len(groups))
-    return tensor.index_select(dim, torch.tensor(groups, device=tensor.device))
+def _take(tensor: torch.Tensor, groups: tuple[int, ...] | torch.Tensor, dim: int) -> torch.Tensor:
+    if torch.is_tensor(groups):
+        return tensor.index_select(dim, groups)
+    # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
+    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 < group] + [len(groups)]
+    runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
 
 class _PackedWeights:
-    """The cut weights of a prepared trajectory. An entry is used only as long as what it was cut from is the same."""
+    """
+    The weights of a prepared trajectory: cut, and in oneDNN's own layout where it takes the products. An entry is used
+    only as long as what it was made from is the same.
+    """
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.num_bytes = max_bytes, 0
+    def __init__(self, max_bytes: int, num_bytes: int = 0):
+        self.max_bytes, self.num_bytes = max_bytes, num_bytes
         self.entries = {}
+        self.admitted = set()
 
-    def get(self, layer: DynaLinear, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __getstate__(self):
+        """A copy starts without weights: oneDNN's cannot be copied."""
+        num_bytes = self.num_bytes - sum(_num_bytes(cut) for _, cut in self.entries.values())
+        return {**self.__dict__, "entries": {}, "num_bytes": num_bytes}
+
+    def admit(self, num_uses: Counter) -> None:
+        """
+        Settles before the first entry is made which ones to keep, those most used first. (A store that drops the least
+        recently used one never has what a walk over more layers than it holds asks for next.) Layers at full width run
+        with the weights that they have.
+        """
+        num_bytes = self.num_bytes
+        for (layer, groups), _ in num_uses.most_common():
+            size = layer.weight.numel() * layer.weight.element_size() * len(groups) // layer.num_heads
+            if len(groups) < layer.num_heads and num_bytes + size <= self.max_bytes:
+                self.admitted.add((layer, groups))
+                num_bytes += size
+
+    def get(
+        self, layer: DynaLinear, groups, low_rank, input: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias for an input; without one, dense for a compiled graph."""
         sources = [layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2])]
         state = (_signature(sources), tuple(scale for *_, scale in low_rank))
-        packed = self.entries.get((id(layer), groups))
-        if packed is not None and packed[0] == state:
+        packed = self.entries.get((layer, groups))
+        if packed is not None and packed[0] == state and _fits(packed[1][0], input):
             return packed[1]
         if packed is not None:
             self.num_bytes -= _num_bytes(packed[1])
-            del self.entries[id(layer), groups]
-        cut = layer._cut(groups, low_rank)
+            del self.entries[layer, groups]
+        weight, bias = layer._cut(groups, low_rank)
         # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
         # Nor does a weight made in inference mode tell when it is written to.
         is_untraceable = any(source is not None and source.is_inference() for source in sources)
-        if is_untraceable or _has_hooks(layer) or self.num_bytes + _num_bytes(cut) > self.max_bytes:
-            return cut
-        cut = tuple(
-            tensor if tensor is None else tensor.clone(memory_format=torch.contiguous_format) for tensor in cut
-        )
-        self.entries[id(layer), groups] = (state, cut)
+        if (layer, groups) not in self.admitted or is_untraceable or _has_hooks(layer):
+            return weight, bias
+        if input is not None and _can_use_onednn(input, weight := weight.contiguous()):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, input.numel() // input.shape[-1])
+        else:
+            packed = weight.detach().clone(memory_format=torch.contiguous_format)
+        cut = (packed, None if bias is None else bias.detach().clone())
+        if self.num_bytes + _num_bytes(cut) > self.max_bytes:
+            return weight, bias
+        self.entries[layer, groups] = (state, cut)
         self.num_bytes += _num_bytes(cut)
         return cut
 
+    def get_for_block(self, block: "DynaDiTBlock", heads, groups) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """
+        Weights and biases of qkv, to_out, fc1 and fc2 for a compiled block, kept ones or, at full width, the layers' own;
+        nothing where one is neither.
+        """
+        weights = []
+        attention, mlp = (block.attn.qkv, block.attn.to_out[0]), (block.mlp.fc1, block.mlp.fc2)
+        for layer, active in [(layer, heads) for layer in attention] + [(layer, groups) for layer in mlp]:
+            low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
+            layer = layer if isinstance(layer, DynaLinear) else layer.base_layer
+            if (layer, active) in self.admitted:
+                weight, bias = self.get(layer, active, low_rank, None)
+                is_kept = (layer, active) in self.entries
+            else:
+                weight, bias = (None if tensor is None else tensor.detach() for tensor in (layer.weight, layer.bias))
+                is_kept = len(active) == layer.num_heads and not low_rank and not _has_hooks(layer)
+            if not is_kept:
+                return []
+            torch._dynamo.maybe_mark_dynamic(weight, 0 if layer.dyna_dim[1] else 1)
+            if layer.dyna_dim[1] and bias is not None:
+                torch._dynamo.maybe_mark_dynamic(bias, 0)
+            weights.append((weight, bias))
+        return weights
+
+
+def _fits(packed: torch.Tensor, input: torch.Tensor | None) -> bool:
+    """Weights in oneDNN's layout are of no use to other products: under autocast, and in compiled graphs."""
+    return not packed.is_mkldnn or (input is not None and not torch.is_autocast_enabled("cpu"))
+
 
 def _num_bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return sum(
+        torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.numel() * tensor.element_size()
+        for tensor in tensors
+        if tensor is not None
+    )
 
 
 def _signature(tensors) -> tuple:
@@ -225,7 +364,7 @@ class DynaFloat32Linear(nn.Linear):
         # Block-wise offloading leaves a router behind when the decisions of all blocks are taken at once.
         weight, bias = self.weight.to(input.device, torch.float32), self.bias.to(input.device, torch.float32)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.float(), weight, bias)
+            return _linear(input.float(), weight, bias)
 
 
 class DynaTimestepEmbedding(nn.Module):
@@ -297,7 +436,7 @@ class DynaAttnProcessor:
         active_heads: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         qkv = _run_linear(attn.qkv, hidden_states, active_heads)
-        query, key, value = rearrange(qkv, "b n (s h d) -> s b n h d", s=3, d=attn.head_dim)
+        query, key, value = qkv.unflatten(-1, (3, -1, attn.head_dim)).unbind(2)  # (B, N, heads, head_dim)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         hidden_states = dispatch_attention_fn(
@@ -384,20 +523,26 @@ class DynaMLP(nn.Module):
         Returns:
             `torch.Tensor` with the shape of `hidden_states`.
         """
-        hidden_states = _run_linear(self.fc1, hidden_states, active_groups)
-        if channel_mask is not None:
+        if channel_mask is None:
+            hidden_states = _run_linear(self.fc1, hidden_states, active_groups, with_gelu=True)
+        else:
+            hidden_states = _run_linear(self.fc1, hidden_states, active_groups)
             grouped = hidden_states.unflatten(-1, (channel_mask.shape[1], -1))
             hidden_states = (grouped * channel_mask[:, None, :, None].to(grouped.dtype)).flatten(2)
-        return _run_linear(self.fc2, F.gelu(hidden_states, approximate="tanh"), active_groups)
+            hidden_states = F.gelu(hidden_states, approximate="tanh")
+        return _run_linear(self.fc2, hidden_states, active_groups)
 
 
-def _run_linear(layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None) -> torch.Tensor:
+def _run_linear(
+    layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None, with_gelu: bool = False
+) -> torch.Tensor:
     """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
-    if groups is None:
-        return layer(hidden_states)
     if isinstance(layer, DynaLinear):
-        return layer(hidden_states, groups)
-    return layer.base_layer(hidden_states, groups, _low_rank_factors(layer))
+        return layer(hidden_states, groups, with_gelu=with_gelu)
+    if torch.is_tensor(groups) or (groups is not None and len(groups) < layer.base_layer.num_heads):
+        return layer.base_layer(hidden_states, groups, _low_rank_factors(layer), with_gelu)
+    hidden_states = layer(hidden_states)
+    return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
 
 
 def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
@@ -494,25 +639,48 @@ def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Ten
 class _BlockDecision:
     """
     What one block computes in the skipping form, known on the host. `heads` and `groups` list the distinct sets of the
-    batch, each with the indices of its samples (`None`: all); `token_rates` is one rate for all samples or one each, and
-    `None` where a threshold decides.
+    batch (`None`: all), each with the indices of its samples (`None`: all of them); `token_rates`
+    is one rate for all samples or one each, and `None` where a threshold decides.
     """
 
-    heads: list[tuple[torch.Tensor | None, tuple[int, ...]]]
-    groups: list[tuple[torch.Tensor | None, tuple[int, ...]]]
+    heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
+    groups: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
     token_rates: list[float] | None
+
+    def token_counts(self, num_tokens: int) -> list[int]:
+        # The same float32 arithmetic as in the masked form, on the host.
+        return (torch.tensor(self.token_rates, dtype=torch.float32) * num_tokens).round().int().tolist()
+
+
+@dataclass
+class _TracedWork:
+    """
+    A `_BlockDecision` for a compiled block: tensors only, so that one graph serves every set and count. A tensor's size
+    is dynamic where a number or a tuple would be compiled in.
+    """
+
+    heads: torch.Tensor  # (active heads,)
+    groups: torch.Tensor  # (active groups,)
+    token_ranks: torch.Tensor | None = None  # (selected tokens,): 0, 1, 2, ...; `None` is all
+    modulation: torch.Tensor | None = None  # (B, 6, D)
+
+    def special_sizes(self) -> tuple[int, int, int] | None:
+        """The sizes that a graph is compiled for, those of 0 and 1, or `None` where there are none."""
+        num_tokens = 2 if self.token_ranks is None else len(self.token_ranks)
+        sizes = tuple(min(size, 2) for size in (len(self.heads), len(self.groups), num_tokens))
+        return None if sizes == (2, 2, 2) else sizes
 
 
 @dataclass
 class _Call:
     """What the blocks share in one call of the model."""
 
-    form: str  # "complete", "masked" or "skipping"
+    form: str  # "complete", "masked", "skipping" (which of the complete model leaves out nothing), or "traced"
     num_active: int  # leading groups that `width_mult` leaves
     output_masks: bool = False
     gate_noise: torch.Tensor | None = None
     decisions: list[_BlockDecision] | None = None  # by layer
-    modulations: list[torch.Tensor] | None = None  # by layer, (B, 6 * D)
+    modulations: list[torch.Tensor] | None = None  # by layer, (B, 6, D)
 
 
 @dataclass
@@ -526,8 +694,11 @@ class _Plan:
     class_labels: torch.Tensor | None = None
     label_signature: tuple = ()
     label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
-    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6 * D)
+    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
     step: int | None = None
+    works: dict[tuple[int, int], list] = field(
+        default_factory=dict
+    )  # of compiled blocks, by step and number of tokens
 
 
 class DynaDiTBlock(nn.Module):
@@ -565,7 +736,7 @@ class DynaDiTBlock(nn.Module):
         self.layer_idx = layer_idx
         # As a tensor too: compiled blocks would be compiled once more for each number.
         self.register_buffer("layer_index", torch.tensor([layer_idx]), persistent=False)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = DynaDenseLinear(dim, 6 * dim)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = DynaAttention(dim, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=mlp_norm_eps)
@@ -574,6 +745,7 @@ class DynaDiTBlock(nn.Module):
         self.mlp_rate = DynaFloat32Linear(dim, num_heads - 1)
         self.token_selection = DynaTokenSelection(dim)
         self.token_rate = DynaFloat32Linear(dim, 1) if router_mode == "capacity" else None
+        self.work = None  # of a compiled call
         self.masks = None  # of the last call with `output_masks`: heads, groups, tokens, share of tokens
 
     def forward(
@@ -589,27 +761,27 @@ class DynaDiTBlock(nn.Module):
         Returns:
             `torch.Tensor` with the shape of `hidden_states`.
         """
-        if call.modulations is None:
-            modulation = self.modulation(conditioning)
-        else:
-            modulation = call.modulations[self.layer_idx]
-        modulation = modulation.chunk(6, dim=1)  # shift, scale, gate of attention; of the MLP; each (B, D)
         if call.form == "skipping":
+            modulations = call.modulations
+            modulation = self._modulate(conditioning) if modulations is None else modulations[self.layer_idx]
             return self._forward_skipping(hidden_states, modulation, call)
+        if call.form == "traced" and self.work is not None:
+            return self._forward_traced(hidden_states, conditioning, call)
 
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (part[:, None] for part in modulation)
+        modulation = self._modulate(conditioning)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
         head_mask = channel_mask = None
         active = tuple(range(call.num_active)) if call.num_active < self.num_groups else None
-        if call.form == "masked":
+        if call.form != "complete":
             head_mask, channel_mask = (mask[:, : call.num_active] for mask in self._group_masks(temb, call))
 
-        attn_output = self.attn(self.norm1(hidden_states) * (1 + scale) + shift, head_mask, active)
+        attn_output = self.attn(self.norm1(hidden_states) * scale + shift, head_mask, active)
         hidden_states = hidden_states + gate * attn_output
 
-        if call.form == "masked":
+        if call.form != "complete":
             token_mask, token_rate = self._token_mask(hidden_states, temb, call)
             mlp_gate = mlp_gate * token_mask[:, :, None].to(mlp_gate.dtype)
-        mlp_output = self.mlp(self.norm2(hidden_states) * (1 + mlp_scale) + mlp_shift, channel_mask, active)
+        mlp_output = self.mlp(self.norm2(hidden_states) * mlp_scale + mlp_shift, channel_mask, active)
         hidden_states = hidden_states + mlp_gate * mlp_output
 
         if call.output_masks:
@@ -621,6 +793,12 @@ class DynaDiTBlock(nn.Module):
             head_mask, channel_mask = F.pad(head_mask, (0, num_off)), F.pad(channel_mask, (0, num_off))
             self.masks = (head_mask, channel_mask, token_mask, token_rate)
         return hidden_states
+
+    def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
+        modulation = self.modulation(conditioning).unflatten(-1, (6, -1))
+        modulation[..., 1::3, :] += 1
+        return modulation
 
     def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks of heads and channel groups, (B, groups) each, at full width. Without a call: as in inference."""
@@ -659,67 +837,131 @@ class DynaDiTBlock(nn.Module):
         noise = call.gate_noise.index_select(1, self.layer_index)[:, 0]
         return noise[:, first : first + logits.shape[1]].to(logits)
 
-    def _forward_skipping(self, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
-        """The same as the masked form in evaluation mode, computing only what is on."""
+    def _forward_skipping(self, hidden_states: torch.Tensor, modulation: torch.Tensor, call: _Call) -> torch.Tensor:
+        """The same as the masked form in evaluation mode, computing only what is on, in few passes over memory."""
         decision = call.decisions[self.layer_idx]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        batch_size, num_tokens, dim = hidden_states.shape
+        modulation = modulation.unsqueeze(2)  # (B, 6, 1, D)
 
-        attn_input = self.norm1(hidden_states) * (1 + scale[:, None]) + shift[:, None]
-        for rows, heads in decision.heads:
-            if rows is None:
-                hidden_states = hidden_states + gate[:, None] * self.attn(attn_input, active_heads=heads)
-            else:
-                attn_output = gate[rows, None] * self.attn(attn_input[rows], active_heads=heads)
-                hidden_states = hidden_states.index_add(0, rows, attn_output.to(hidden_states.dtype))
+        shift, scale, gate = modulation[:, :3].unbind(1)
+        attn_input = torch.addcmul(shift, self.norm1(hidden_states), scale)
+        residual = hidden_states
+        if len(decision.heads) == 1:
+            attn_output = self.attn(attn_input, active_heads=decision.heads[0][1])
+            hidden_states = torch.addcmul(residual, gate, attn_output).contiguous()
+        else:
+            hidden_states = torch.empty_like(residual, memory_format=torch.contiguous_format)
+            for rows, heads in decision.heads:
+                attn_output = self.attn(attn_input[rows], active_heads=heads)
+                hidden_states[rows] = torch.addcmul(residual[rows], gate[rows], attn_output).to(residual.dtype)
 
-        # Indices into the flattened tokens, of the selected ones only; None is all of them.
-        selected = self._select_tokens(hidden_states, decision.token_rates)
-        tokens = hidden_states.reshape(batch_size * num_tokens, dim)
-        for rows, groups in decision.groups:
-            if rows is None and selected is None:
-                mlp_input = self.norm2(hidden_states) * (1 + mlp_scale[:, None]) + mlp_shift[:, None]
-                mlp_output = self.mlp(mlp_input, active_groups=groups)
-                tokens = (hidden_states + mlp_gate[:, None] * mlp_output).reshape(tokens.shape)
-                continue
-            indices = torch.arange(len(tokens), device=tokens.device) if selected is None else selected
-            if rows is not None:
-                indices = indices[torch.isin(indices // num_tokens, rows)]
-            if len(indices) == 0:
-                continue
-            image = indices // num_tokens
-            mlp_input = self.norm2(tokens[indices]) * (1 + mlp_scale[image]) + mlp_shift[image]
-            mlp_output = mlp_gate[image] * self.mlp(mlp_input, active_groups=groups)
-            tokens = tokens.index_add(0, indices, mlp_output.to(tokens.dtype))
+        selected = self._select_tokens(hidden_states, decision)
+        if len(decision.groups) == 1:
+            self._add_mlp(hidden_states, modulation[:, 3:], selected, decision.groups[0][1])
+        else:
+            for rows, groups in decision.groups:
+                part = hidden_states[rows]
+                self._add_mlp(part, modulation[rows, 3:], None if selected is None else selected[rows], groups)
+                hidden_states[rows] = part
 
         if call.output_masks:
-            token_mask = tokens.new_ones(batch_size * num_tokens, dtype=torch.float32)
-            if selected is not None:
-                token_mask = torch.zeros_like(token_mask).index_fill(0, selected, 1.0)
-            token_mask = token_mask.view(batch_size, num_tokens)
+            token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
+            if selected is not None and selected.dtype == torch.bool:
+                token_mask = selected.float()
+            elif selected is not None:
+                token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
             head_mask = self._mask_of(decision.heads, token_mask)
-            self.masks = (head_mask, self._mask_of(decision.groups, token_mask), token_mask, token_mask.mean(dim=1))
-        return tokens.view(batch_size, num_tokens, dim)
+            channel_mask = self._mask_of(decision.groups, token_mask)
+            self.masks = (head_mask, channel_mask, token_mask, token_mask.mean(dim=1))
+        return hidden_states
 
-    def _select_tokens(self, hidden_states: torch.Tensor, token_rates: list[float] | None) -> torch.Tensor | None:
-        batch_size, num_tokens = hidden_states.shape[:2]
-        if token_rates is None:
-            return (self.token_selection(hidden_states).flatten() > 0).nonzero().squeeze(1)
-        # The same float32 arithmetic as in the masked form, on the host.
-        counts = (torch.tensor(token_rates, dtype=torch.float32) * num_tokens).round().int().tolist()
+    def _forward_traced(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, call: _Call) -> torch.Tensor:
+        """The skipping form for `torch.compile`: `self.work` holds what to compute."""
+        work = self.work
+        modulation = self._modulate(conditioning) if work.modulation is None else work.modulation
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
+        attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=work.heads)
+        hidden_states = torch.addcmul(hidden_states, gate, attn_output)
+
+        token_mask = torch.ones_like(hidden_states[..., 0], dtype=torch.float32)
+        indices = None
+        if work.token_ranks is not None:
+            order = self.token_selection(hidden_states).argsort(dim=1, descending=True, stable=True)
+            selected = order.index_select(1, work.token_ranks)
+            token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
+            first = torch.arange(0, token_mask.numel(), token_mask.shape[1], device=selected.device)
+            indices = (selected + first[:, None]).flatten()
+        elif self.router_mode == "threshold":  # how many are on is known on the device only, so all are computed
+            token_mask = (self.token_selection(hidden_states) > 0).float()
+            mlp_gate = mlp_gate * token_mask[:, :, None].to(mlp_gate.dtype)
+
+        tokens = hidden_states
+        if indices is not None:
+            tokens = hidden_states.flatten(0, 1).index_select(0, indices).unflatten(0, selected.shape)
+        mlp_input = torch.addcmul(mlp_shift, self.norm2(tokens), mlp_scale)
+        tokens = torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=work.groups))
+        if indices is not None:
+            updated = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1))
+            tokens = updated.view_as(hidden_states)
+
+        if call.output_masks:
+            off = token_mask.new_zeros(len(token_mask), self.num_groups)
+            masks = off.index_fill(1, work.heads, 1.0), off.index_fill(1, work.groups, 1.0)
+            self.masks = (*masks, token_mask, token_mask.mean(dim=1))
+        return tokens
+
+    def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, groups) -> None:
+        """Adds the gated output of the MLP to the selected tokens, in place; `modulation` is (B, 3, 1, D)."""
+        batch_size, num_tokens, dim = hidden_states.shape
+        shift, scale, gate = modulation.unbind(1)
+        if selected is None:
+            mlp_input = torch.addcmul(shift, self.norm2(hidden_states), scale)
+            hidden_states.addcmul_(gate, self.mlp(mlp_input, active_groups=groups))
+            return
+
+        # The selected tokens of the batch, image after image, and how many of each image.
+        if selected.dtype == torch.bool:
+            counts = selected.sum(dim=1).tolist()
+            indices = selected.flatten().nonzero().squeeze(1)
+        else:
+            counts = [selected.shape[1]] * batch_size
+            indices = (selected + torch.arange(batch_size, device=selected.device)[:, None] * num_tokens).flatten()
+        if len(indices) == 0:
+            return
+        all_tokens = hidden_states.view(batch_size * num_tokens, dim)
+        tokens = all_tokens.index_select(0, indices)
+        mlp_input = self.norm2(tokens)
+        if len(set(counts)) == 1:
+            shape = (batch_size, counts[0], dim)
+            mlp_input = torch.addcmul(shift, mlp_input.view(shape), scale)
+            tokens.view(shape).addcmul_(gate, self.mlp(mlp_input, active_groups=groups))
+        else:
+            for image, part in enumerate(mlp_input.split(counts)):
+                part.mul_(scale[image]).add_(shift[image])
+            mlp_output = self.mlp(mlp_input, active_groups=groups)
+            for image, (part, update) in enumerate(zip(tokens.split(counts), mlp_output.split(counts), strict=True)):
+                part.addcmul_(gate[image], update)
+        all_tokens.index_copy_(0, indices, tokens)
+
+    def _select_tokens(self, hidden_states: torch.Tensor, decision: _BlockDecision) -> torch.Tensor | None:
+        """
+        The tokens that take the MLP: `None` is all; where the counts are known and the same for every image their
+        indices, (B, count); else a boolean mask, (B, N).
+        """
+        num_tokens = hidden_states.shape[1]
+        if decision.token_rates is None:
+            return self.token_selection(hidden_states) > 0
+        counts = decision.token_counts(num_tokens)
         if min(counts) == num_tokens:
             return None
         scores = self.token_selection(hidden_states)
         if len(counts) == 1:
-            order = scores.argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
-            first = torch.arange(batch_size, device=order.device) * num_tokens
-            return (first[:, None] + order).flatten()
-        selected = _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None]
-        return selected.flatten().nonzero().squeeze(1)
+            return scores.argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
+        return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None]
 
     def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
         mask = like.new_zeros(len(like), self.num_groups)
         for rows, groups in partition:
+            groups = tuple(range(self.num_groups)) if groups is None else groups
             row = like.new_zeros(self.num_groups).index_fill(0, torch.tensor(groups, device=like.device), 1.0)
             if rows is None:
                 mask[:] = row
@@ -855,13 +1097,14 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             ]
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
-        self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
+        self.proj_out = DynaDenseLinear(dim, patch_size**2 * self.out_channels)
 
         self.gradient_checkpointing = False
         # The blocks themselves, also while a feature cache has put something else into the list.
         self._blocks = tuple(self.transformer_blocks)
         self._width_mult = 1.0
         self._plan = None
+        self._special_graphs = set()
         self._initialize_weights()
 
     def _check_config(self, height: int, width: int) -> None:
@@ -955,6 +1198,17 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if any(module in name.split(".") for module in self._router_modules)
         }
 
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compiles block by block, as `compile_repeated_blocks` does: what a call leaves out is decided on the host, between
+        graphs. `torch.compile(model)`, one graph for everything, computes all of it and masks.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self.compile_repeated_blocks(*args, **kwargs)
+
     @property
     def width_mult(self) -> float:
         """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
@@ -976,10 +1230,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if width_mult < 1 and not self._can_cut():
             raise ValueError(self._CANNOT_CUT)
         self._width_mult = width_mult
-        for block in self._blocks:
-            for module in block.modules():
-                if isinstance(module, DynaLinear):
-                    module.width_mult = width_mult
+        for layer in self._dynamic_layers(*self._blocks):
+            layer.width_mult = width_mult
 
     _CANNOT_CUT = (
         "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
@@ -1042,7 +1294,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
         # 2. Blocks
         given_labels = class_labels if class_dropout_mask is None else None
-        call = self._prepare_call(temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise)
+        call = self._prepare_call(
+            temb, timestep, hidden_states.shape[1], given_labels, labels, complete_model, output_masks, gate_noise
+        )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
@@ -1118,7 +1372,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     @apply_forward_hook
     @torch.no_grad()
     def prepare_timesteps(
-        self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None, max_plan_bytes: int = 2**30
+        self,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        max_plan_bytes: int = 2**30,
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
@@ -1158,7 +1415,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         plan = _Plan(times.tolist(), decisions, _PackedWeights(max_plan_bytes))
         modulations = [block.modulation for block in blocks]
         is_plain = all(
-            type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
+            type(linear) is DynaDenseLinear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
             for linear in modulations
         ) and not any(map(_has_hooks, blocks))
         is_plain = is_plain and type(self.class_embedding) in (nn.Embedding, type(None))
@@ -1177,17 +1434,29 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 if labels is not None:
                     embedding = embedding + self.class_embedding(distinct).to(temb)
                 conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
-                plan.modulations = [linear(conditioning) for linear in modulations]
+                plan.modulations = [block._modulate(conditioning) for block in blocks]
                 plan.packed_weights.num_bytes = num_bytes
                 if labels is not None:
                     plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
                     plan.label_rows = rows
+        plan.packed_weights.admit(self._count_uses(decisions))
         plan.signature = self._plan_signature(bool(plan.modulations))
         self._plan = plan
-        for block in blocks:
-            for module in block.modules():
-                if isinstance(module, DynaLinear):
-                    module._packed_weights = plan.packed_weights
+        for layer in self._dynamic_layers(*blocks):
+            layer._packed_weights = plan.packed_weights
+
+    def _dynamic_layers(self, *blocks: DynaDiTBlock) -> list[DynaLinear]:
+        """Those of a block in the order qkv, to_out, fc1, fc2, whatever wraps them."""
+        return [module for block in blocks for module in block.modules() if isinstance(module, DynaLinear)]
+
+    def _count_uses(self, decisions: list[list[_BlockDecision]]) -> Counter:
+        """How often a trajectory uses each set of groups of each layer."""
+        num_uses = Counter()
+        for block, *steps in zip(self._blocks, *decisions, strict=True):
+            for kind, owner in (("heads", block.attn), ("groups", block.mlp)):
+                for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
+                    num_uses.update((layer, getattr(decision, kind)[0][1]) for decision in steps)
+        return num_uses
 
     def predict_compute_ratio(
         self, timesteps: torch.Tensor, sample_size: int | tuple[int, int] | None = None
@@ -1245,9 +1514,14 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return
         self._plan = None
         for block in self._blocks:
-            for module in block.modules():
-                if isinstance(module, DynaLinear):
-                    module._packed_weights = None
+            block.work = None
+        for layer in self._dynamic_layers(*self._blocks):
+            layer._packed_weights = layer._traced_weights = None
+
+    @property
+    def plan_bytes(self) -> int:
+        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
+        return 0 if self._plan is None else self._plan.packed_weights.num_bytes
 
     def compute_macs(
         self,
@@ -1328,29 +1602,78 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         num_heads = self.config.num_attention_heads
         return round_to_nearest(num_heads, self._width_mult, num_heads)
 
-    def _prepare_call(self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise) -> _Call:
+    def _prepare_call(
+        self, temb, timestep, num_tokens, class_labels, labels, complete_model, output_masks, gate_noise
+    ) -> _Call:
         call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
         if call.num_active < self.config.num_attention_heads and not self._can_cut():
             raise ValueError(self._CANNOT_CUT)
         if complete_model:
             call.form = "complete"
-        elif self.training or torch.is_grad_enabled():
-            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
-        elif not self._is_compiled() and self._can_cut():
+        if torch.is_grad_enabled() or self.training:
+            if not complete_model:
+                self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
+            return call
+        if torch.compiler.is_compiling():
+            return call
+        has_compiled_blocks = any(block._compiled_call_impl is not None for block in self._blocks)
+        if (complete_model and has_compiled_blocks) or not (complete_model or self._can_cut()):
+            return call
+
+        plan, step = self._find_step(timestep)
+        if complete_model:
+            active = None if call.num_active == self.config.num_attention_heads else tuple(range(call.num_active))
+            call.decisions = [_BlockDecision([(None, active)], [(None, active)], [1.0])] * len(self._blocks)
+        else:
+            call.decisions = self._decide(temb) if step is None else plan.decisions[step]
+        if step is not None:
+            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb))
+        if not has_compiled_blocks:
             call.form = "skipping"
-        if call.form == "skipping":
-            plan, step = self._find_step(timestep)
-            if step is None:
-                call.decisions = self._decide(temb)
-            else:
-                call.decisions = plan.decisions[step]
-                call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb))
+        elif self._install_works(call, num_tokens, plan, step):
+            call.form = "traced"
+            call.decisions = call.modulations = None  # nothing that differs between the calls of one graph
         return call
 
-    def _is_compiled(self) -> bool:
-        if torch.compiler.is_compiling():
-            return True
-        return any(block._compiled_call_impl is not None for block in self._blocks)
+    def _install_works(self, call: _Call, num_tokens: int, plan: _Plan | None, step: int | None) -> bool:
+        """
+        Gives each compiled block its `_TracedWork`, if all samples have the same decisions. A block whose work would
+        need one graph too many has none and runs masked.
+        """
+        works = None if plan is None else plan.works.get((step, num_tokens))
+        if works is None:
+            if any(
+                len(decision.heads) > 1 or len(decision.groups) > 1 or len(decision.token_rates or [1]) > 1
+                for decision in call.decisions
+            ):
+                return False
+            works = [
+                self._make_work(block, decision, num_tokens)
+                for block, decision in zip(self._blocks, call.decisions, strict=True)
+            ]
+            if plan is not None:
+                plan.works[step, num_tokens] = works
+        for i, (block, work, decision) in enumerate(zip(self._blocks, works, call.decisions, strict=True)):
+            work.modulation = None if call.modulations is None else call.modulations[i]
+            special = work.special_sizes()
+            if special is not None and len(self._special_graphs) < MAX_SPECIAL_GRAPHS:
+                self._special_graphs.add(special)
+            block.work = work if special is None or special in self._special_graphs else None
+            weights = []
+            if plan is not None and block.work is not None:
+                weights = plan.packed_weights.get_for_block(block, decision.heads[0][1], decision.groups[0][1])
+            for layer, cut in zip(self._dynamic_layers(block), weights or [None] * 4, strict=True):
+                layer._traced_weights = cut
+        return True
+
+    def _make_work(self, block: DynaDiTBlock, decision: _BlockDecision, num_tokens: int) -> _TracedWork:
+        device = block.layer_index.device
+        tensors = [torch.tensor(part[0][1], device=device) for part in (decision.heads, decision.groups)]
+        if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
+            tensors.append(torch.arange(count, device=device))
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return _TracedWork(*tensors)
 
     def _can_cut(self) -> bool:
         return all(
@@ -1419,7 +1742,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if not plan.modulations:
             return None
         if labels is None:
-            return [modulation[step].expand(batch_size, -1) for modulation in plan.modulations]
+            return [modulation[step].expand(batch_size, -1, -1) for modulation in plan.modulations]
         rows = plan.label_rows[labels]
         # Elsewhere than on CPU a look at the labels would wait for the device.
         if labels.device.type == "cpu":

@@ -24,7 +24,7 @@ from diffusers_dyna.models.transformer_dyna_dit import (
     DynaFloat32Linear,
 )
 
-from ..testing_utils import assert_mixed, dit_inputs, mixed_dyna_dit, randn, tiny_dyna_dit
+from ..testing_utils import assert_mixed, dit_inputs, mixed_dyna_dit, randn, stored_bytes, tiny_dyna_dit
 
 
 # Two orders of summation of the same float32 products, through three layers with outputs of order 5.
@@ -401,8 +401,8 @@ def test_plan_notices_adapters(peft, change):
     torch.testing.assert_close(after, run(fresh, arguments).sample, rtol=1e-4, atol=5e-4)
     torch.testing.assert_close(after, run(model, arguments).sample, **CLOSE)
     packed = [tensor for _, cut in model._plan.packed_weights.entries.values() for tensor in cut if tensor is not None]
-    held = sum(tensor.nbytes for tensor in (*packed, *model._plan.modulations))
-    assert model._plan.packed_weights.num_bytes == held  # what was replaced is no longer counted
+    held = sum(map(stored_bytes, (*packed, *model._plan.modulations)))
+    assert model.plan_bytes == held  # what was replaced is no longer counted
     is_merged = any(layer.merged for layer in lora_layers(model))
     assert ((after - before).abs().max() > 0.01) != is_merged
 
@@ -420,7 +420,8 @@ def test_plan_and_adapters_on_what_it_holds(peft, targets):
         fresh = copy.deepcopy(model)
         fresh.clear_plan()
         torch.testing.assert_close(actual, run(fresh, arguments, **overrides).sample, **CLOSE)
-        torch.testing.assert_close(actual, run_masked(fresh, arguments, **overrides).sample.detach(), **CLOSE)
+        masked = run_masked(fresh, arguments, **overrides).sample.detach()
+        torch.testing.assert_close(actual, masked, rtol=1e-4, atol=5e-3)  # of outputs with a spread of 30
         return actual
 
     model.prepare_timesteps(torch.tensor([900.0, 333.25]), arguments["class_labels"])
@@ -740,13 +741,13 @@ def test_compiled_training(compiler, router_mode):
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("training", "router_mode"), [(False, "threshold"), (True, "capacity"), (True, "threshold")])
-def test_compile_repeated_blocks(compiler, training, router_mode):
+@pytest.mark.parametrize("router_mode", MODES)
+def test_compile_repeated_blocks_in_training(compiler, router_mode):
     """One graph for all ten blocks: more than torch's limit of eight recompiles would be an error."""
     arguments = dit_inputs()
-    model = tiny_dyna_dit(num_layers=10, router_mode=router_mode).train(training)
+    model = tiny_dyna_dit(num_layers=10, router_mode=router_mode).train()
     arguments["class_dropout_mask"] = torch.tensor([True, False, False])
-    if training and router_mode == "threshold":
+    if router_mode == "threshold":
         num_gates = 2 * (model.config.num_attention_heads - 1) + 16
         arguments["gate_noise"] = torch.rand(3, 10, num_gates, generator=torch.Generator().manual_seed(0))
     expected = run(model, arguments, output_masks=True)
@@ -761,3 +762,104 @@ def test_compile_repeated_blocks(compiler, training, router_mode):
         run(model, arguments, timestep=100.0 * i, output_masks=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+TRAJECTORY = torch.linspace(980, 20, 12)
+
+
+@pytest.mark.parametrize(
+    ("router_mode", "plan", "adapter"),
+    [
+        ("capacity", None, False),
+        ("capacity", 2**30, False),
+        ("capacity", 200_000, False),
+        ("threshold", 2**30, False),
+        ("threshold", None, True),
+        ("capacity", 2**30, True),
+    ],
+)
+def test_compiled_blocks_skip_with_few_graphs(compiler, peft, router_mode, plan, adapter):
+    """Ten blocks at twelve timesteps, hardly two of which compute the same, with one graph for nearly all of them."""
+    arguments = dit_inputs(same_time=True)
+    model = tiny_dyna_dit(num_layers=10, num_attention_heads=8, attention_head_dim=4, router_mode=router_mode)
+    if adapter:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "fc2"]), adapter_name="style")
+        draw_adapters(model)
+    expected = [run(model, arguments, timestep=t, output_masks=True) for t in TRAJECTORY]
+    computed = {
+        (*output.attn_masks[0, i].tolist(), *output.mlp_masks[0, i].tolist()) for output in expected for i in range(10)
+    }
+    assert len(computed) > 60
+
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    if plan is not None:
+        model.prepare_timesteps(TRAJECTORY, arguments["class_labels"], max_plan_bytes=plan)
+    num_skipping = 0
+    for output_masks in (False, True):
+        for step, t in enumerate(TRAJECTORY):
+            model.set_plan_step(step)
+            output = run(model, arguments, timestep=t, output_masks=output_masks)
+            torch.testing.assert_close(output.sample, expected[step].sample, rtol=1e-3, atol=5e-3)
+            if output_masks:
+                for name in ("attn_masks", "mlp_masks", "token_masks", "compute_ratio"):
+                    torch.testing.assert_close(output[name], expected[step][name])
+            num_skipping += sum(block.work is not None for block in model.transformer_blocks)
+            assert model.plan_bytes <= (plan or 0)
+    assert num_skipping > 0.8 * 2 * 12 * 10
+    # some or all tokens, prepared weights or not, a special size, masks or not
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert num_graphs <= (8 if plan == 200_000 else 6), num_graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_blocks_compute_less(compiler):
+    """The products of a compiled block have the size of what is active."""
+    arguments = dit_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments, num_attention_heads=8, attention_head_dim=4)
+    masks = run(model, arguments, output_masks=True)
+    shapes = []
+
+    def backend(graph, inputs):
+        def call(*args):
+            shapes.extend(tuple(arg.shape) for arg in args if torch.is_tensor(arg) and arg.ndim == 2)
+            return graph(*args)
+
+        return call
+
+    model.compile(fullgraph=True, backend=backend)
+    model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
+    run(model, arguments)
+    num_compared = 0
+    for i, block in enumerate(model.transformer_blocks):
+        heads, groups = int(masks.attn_masks[0, i].sum()), int(masks.mlp_masks[0, i].sum())
+        if block.work is not None:
+            assert (3 * heads * 4, 32) in shapes and (32, groups * 16) in shapes
+            num_compared += heads < 8 and groups < 8
+    assert num_compared > 0
+
+
+def test_mixed_timesteps_run_compiled_and_masked(compiler):
+    arguments = dit_inputs()
+    model = mixed_dyna_dit(arguments)
+    expected = run(model, arguments, output_masks=True)
+    model.compile(fullgraph=True, backend="eager")
+    output = run(model, arguments, output_masks=True)
+    torch.testing.assert_close(output.sample, expected.sample, **CLOSE)
+    assert all(block.work is None for block in model.transformer_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router_mode", MODES)
+def test_inductor(compiler, router_mode):
+    """What users run, down to machine code; needs a C++ compiler."""
+    arguments = dit_inputs(same_time=True)
+    model = tiny_dyna_dit(num_layers=3, router_mode=router_mode)
+    expected = [run(model, arguments, timestep=t).sample for t in TRAJECTORY]
+    complete = run(model, arguments, complete_model=True).sample
+    model.compile_repeated_blocks(fullgraph=True)
+    model.prepare_timesteps(TRAJECTORY, arguments["class_labels"])
+    for step, t in enumerate(TRAJECTORY):
+        model.set_plan_step(step)
+        torch.testing.assert_close(run(model, arguments, timestep=t).sample, expected[step], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run(model, arguments, complete_model=True).sample, complete, rtol=1e-3, atol=1e-3)
