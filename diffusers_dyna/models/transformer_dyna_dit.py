@@ -258,8 +258,11 @@ class _PackedWeights:
     only as long as what it was made from is the same.
     """
 
-    def __init__(self, max_bytes: int, num_bytes: int = 0):
-        self.max_bytes, self.num_bytes = max_bytes, num_bytes
+    # To make an entry takes as long as a cut; on a CPU, oneDNN's layout and fresh memory included, about four cuts.
+    MIN_USES = (2, 4)
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self.entries = {}
         self.admitted = set()
 
@@ -272,12 +275,13 @@ class _PackedWeights:
         """
         Settles before the first entry is made which ones to keep, those most used first. (A store that drops the least
         recently used one never has what a walk over more layers than it holds asks for next.) Layers at full width run
-        with the weights that they have.
+        with the weights that they have, and what is used less often than `MIN_USES` is cut each time.
         """
         num_bytes = self.num_bytes
-        for (layer, groups), _ in num_uses.most_common():
+        for (layer, groups), uses in num_uses.most_common():
             size = layer.weight.numel() * layer.weight.element_size() * len(groups) // layer.num_heads
-            if len(groups) < layer.num_heads and num_bytes + size <= self.max_bytes:
+            is_worth_it = len(groups) < layer.num_heads and uses >= self.MIN_USES[layer.weight.device.type == "cpu"]
+            if is_worth_it and num_bytes + size <= self.max_bytes:
                 self.admitted.add((layer, groups))
                 num_bytes += size
 
@@ -301,8 +305,10 @@ class _PackedWeights:
             return weight, bias
         if input is not None and _can_use_onednn(input, weight := weight.contiguous()):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, input.numel() // input.shape[-1])
-        else:
+        elif weight.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr():
             packed = weight.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            packed = weight.detach().contiguous()
         cut = (packed, None if bias is None else bias.detach().clone())
         if self.num_bytes + _num_bytes(cut) > self.max_bytes:
             return weight, bias

@@ -4,6 +4,7 @@
 same weights, against the model written out with loops, and its three forms against each other.
 """
 
+import collections
 import copy
 import gc
 import inspect
@@ -31,6 +32,8 @@ from diffusers_dyna.models.transformer_dyna_dit import (
     DynaQKVLinear,
     _capacity_gates,
     _capacity_token_gates,
+    _linear,
+    _PackedWeights,
     _threshold_gates,
     round_to_nearest,
 )
@@ -1180,6 +1183,86 @@ def test_plan_packs_each_set_once():
             distinct |= {(layer, heads) for layer in (block.attn.qkv, block.attn.to_out[0]) if len(heads) < 4}
             distinct |= {(layer, groups) for layer in (block.mlp.fc1, block.mlp.fc2) if len(groups) < 4}
     assert set(entries) == distinct and len(distinct) > 12
+
+
+@pytest.mark.parametrize("min_uses", [2, 4])
+def test_plan_packs_what_is_used_often_enough(monkeypatch, min_uses):
+    monkeypatch.setattr(_PackedWeights, "MIN_USES", (2, min_uses))
+    arguments = dit_inputs(same_time=True)
+    model = tiny_dyna_dit()
+    times = torch.tensor([900.0, 333.25, 900.0, 20.0, 900.0, 333.25])
+    expected = [run(model, arguments, timestep=time, output_masks=True) for time in times]
+    uses = collections.Counter()
+    for output in expected:
+        for i, block in enumerate(model.transformer_blocks):
+            for layer, masks in (
+                (block.attn.qkv, output.attn_masks),
+                (block.attn.to_out[0], output.attn_masks),
+                (block.mlp.fc1, output.mlp_masks),
+                (block.mlp.fc2, output.mlp_masks),
+            ):
+                uses[layer, tuple(masks[0, i].nonzero()[:, 0].tolist())] += 1
+    model.prepare_timesteps(times, arguments["class_labels"])
+    for step, time in enumerate(times):
+        model.set_plan_step(step)
+        torch.testing.assert_close(run(model, arguments, timestep=time).sample, expected[step].sample, **CLOSE)
+    packed = set(model._plan.packed_weights.entries)
+    assert packed == {key for key, count in uses.items() if count >= min_uses and len(key[1]) < 4}
+    assert 0 < len(packed) < len(uses)
+
+
+def test_plan_keeps_what_is_used_most():
+    """Within the limit: the sets of nine steps, not those of the one that comes first."""
+    arguments = dit_inputs(same_time=True)
+    model = tiny_dyna_dit()
+    times = torch.tensor([900.0, *9 * [333.25]])
+    frequent = run(model, arguments, timestep=333.25, output_masks=True)
+    sets = set()
+    for i, block in enumerate(model.transformer_blocks):
+        heads, groups = (
+            tuple(masks[0, i].nonzero()[:, 0].tolist()) for masks in (frequent.attn_masks, frequent.mlp_masks)
+        )
+        sets |= {(layer, heads) for layer in (block.attn.qkv, block.attn.to_out[0])}
+        sets |= {(layer, groups) for layer in (block.mlp.fc1, block.mlp.fc2)}
+    sets = {(layer, groups) for layer, groups in sets if len(groups) < 4}
+    modulations = 10 * 3 * 3 * 6 * 32 * 4  # timesteps, labels, layers
+    limit = modulations + sum(layer.weight.nbytes * len(groups) // 4 for layer, groups in sets)
+    model.prepare_timesteps(times, arguments["class_labels"], max_plan_bytes=limit)
+    assert sets and model._plan.packed_weights.admitted == sets
+
+
+# Products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("with_gelu", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (2, 0, 24)], ids=str)
+def test_linear_without_gradients(dtype, with_gelu, with_bias, shape):
+    """The same as with gradients, which torch's own linear takes."""
+    x, weight = randn(*shape, seed=1).to(dtype), randn(40, 24, seed=2).to(dtype)
+    bias = randn(40, seed=3).to(dtype) if with_bias else None
+    with torch.enable_grad():
+        expected = _linear(x, weight, bias, with_gelu)
+    reference = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if with_gelu:
+        reference = F.gelu(reference, approximate="tanh")
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
+    with torch.no_grad():
+        actual = _linear(x, weight, bias, with_gelu)
+    for output in (expected, actual):
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.double(), reference, rtol=0.01, atol=tolerance)
+
+
+@torch.no_grad()
+def test_linear_of_strided_weights_and_under_autocast():
+    x, weight = randn(5, 24, seed=1), randn(40, 48, seed=2)[:, ::2]
+    torch.testing.assert_close(_linear(x, weight, None), x @ weight.T, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _linear(x, weight.contiguous(), None).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(_linear(x, weight.contiguous(), None), F.linear(x, weight.contiguous()))
 
 
 def test_plan_survives_copies_and_pickles():
