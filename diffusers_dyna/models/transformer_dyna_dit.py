@@ -1011,8 +1011,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     It runs in three forms. `complete_model=True` is the static model. In training, and wherever gradients are recorded,
     everything is computed and masked (**masked**), with straight-through gradients to the routers. In evaluation mode
     under `torch.no_grad` only what is on is computed (**skipping**): the weights are cut to the active heads and channel
-    groups, and the MLP runs on the selected tokens. Masked and skipping give the same output. A compiled model, and
-    layers whose weights cannot be cut (quantised, DoRA), run masked.
+    groups, and the MLP runs on the selected tokens. Masked and skipping give the same output.
+
+    [`compile`] and `compile_repeated_blocks` keep the skipping form, with one or two graphs for all blocks and timesteps.
+    These run masked: samples of different timesteps in compiled blocks, `torch.compile(model)`, and layers whose weights
+    cannot be cut (quantised, DoRA). Compiled blocks of `router_mode="threshold"` skip heads and groups and mask tokens.
 
     `DYNA_DIT_CONFIGS` holds the public sizes:
     `DynaDiTTransformer2DModel.from_config(DYNA_DIT_CONFIGS["DiT-S/2"], num_classes=10)`.
@@ -1385,8 +1388,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
-        for every pair of timestep and label, and, as they are first used, the cut weights of every distinct set of heads
-        and groups. A call at another timestep or label is right too, only not prepared. Free it with [`clear_plan`].
+        for every pair of timestep and label, and, as they are first used, the cut weights of the sets of heads and groups
+        that recur most. A call at another timestep or label is right too, only not prepared. [`plan_bytes`] tells what
+        it holds; free it with [`clear_plan`].
 
         What was prepared is dropped where weights, dtype, device or width change. A write through `.data`, as
         `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
