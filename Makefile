@@ -42,7 +42,7 @@ quality: $(VENV)/.lint ## Check format, lint, docstrings and the rules of CONTRI
 	$(PY) tools/check_docstrings.py diffusers_dyna pipelines
 	$(PY) tools/check_rules.py
 
-bench: $(VENV)/.demo ## Measure the speed of the models
+bench: $(VENV)/.dev ## Measure the speed of the models
 	$(PY) examples/benchmark.py
 
 wheel-check: $(VENV)/.dev ## Build sdist and wheel, import every module from the installed wheel

@@ -57,7 +57,7 @@ TIMED_STEPS = [2, 7, 12, 17]  # of the schedule's, where not all are timed
 LAYERS_ON_CPU = {"S": 6, "B": 6, "XL": 4}
 QUICK_SIZES = {"S": (4, 8), "B": (8, 8), "XL": (8, 16)}  # heads, channels of a head
 # The least ratio (reference time / our time) that is asked for, and the largest share of a step for the decisions.
-TARGETS = {"static": 1.05, "pipeline": 2.2, "training": 1 / 1.15, "overhead": 0.02}
+TARGETS = {"static": 1.05, "realised": 1.0, "pipeline": 2.2, "training": 1 / 1.15, "overhead": 0.02}
 PLAN_CAPS = (2**30, 2**27)  # bytes; the first is the default of `prepare_timesteps`
 STEPS_WITH_CACHES = (20, 8, 4)
 CACHES = {
@@ -381,6 +381,8 @@ def dynamic_row(size: str, model, batch_size: int, budget: float, args) -> dict:
         **timed,
         "compute_ratio": compute_ratio,
         "realised": timed["ratio"] * compute_ratio,
+        "target": TARGETS["realised"],
+        "met": timed["ratio"] * compute_ratio >= TARGETS["realised"],
         **{name: mask.mean().item() for name, mask in masks.items()},
         # how many different numbers of heads, groups and tokens the layers of these calls had
         "mixed_widths": [len(mask.sum(dim=2).unique()) for mask in masks.values()],
@@ -557,9 +559,9 @@ def bench_overhead(args) -> list[dict]:
     What deciding and preparing add to 20 calls at 0.5, and their share of these calls.
 
     `decisions` is `prepare_timesteps` without labels: all routers of all steps. `scoring` is that of the tokens and their
-    order, in the layers that leave out any. `decision_share` is the sum of both. `plan_share` counts all of
-    `prepare_timesteps` less the modulations that the static model computes in its calls, and the scoring. `packing` is
-    what the first calls of a plan take longer than later ones; `sets_per_layer` of heads and of groups are packed.
+    order, in the layers that leave out any. `decision_share` is the sum of both. `packing` is what the first calls of a
+    plan take longer than later ones, with `sets_per_layer` of heads and of groups. `plan_share` is all of it: preparing,
+    the modulations of all steps included, which the static model computes in its calls, scoring and packing.
     """
     model = make_model("XL", args.tokens[0], torch.float32, args)
     timesteps, inputs = schedule(args.device), make_inputs(model, 2)
@@ -601,7 +603,7 @@ def bench_overhead(args) -> list[dict]:
         "sets_per_layer": [round(number / len(model.transformer_blocks), 1) for number in num_sets],
         "plan_mb": model.plan_bytes / 1e6,
         "decision_share": (decided + scoring) / timed["reference"],
-        "plan_share": (prepared - modulations + scoring) / timed["reference"],
+        "plan_share": (timed["ours"] - timed["reference"] + scoring) / timed["reference"],
         "target": TARGETS["overhead"],
     }
     return [{**row, "met": max(row["decision_share"], row["plan_share"]) <= row["target"]}]

@@ -6,7 +6,7 @@ Hub repository.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ TOKEN_RATE_SCALE = 1.01
 # Graphs that compiled blocks may need for single heads, groups or tokens, and for layers without any: torch compiles
 # these apart, and no more than 8 in all.
 MAX_SPECIAL_GRAPHS = 1
+# diffusers' hooks that change a module's weights, unlike those of feature caches.
+WEIGHT_HOOKS = frozenset({"group_offloading", "layerwise_casting"})
 
 
 def _presets() -> dict[str, dict]:
@@ -88,18 +90,25 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, without gradients and autocast."""
+    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, where nothing but the value is asked for."""
     return (
         input.device.type == "cpu"
         and input.dtype == weight.dtype
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not _is_transformed()
         and type(input) is torch.Tensor
         and type(weight) in (torch.Tensor, nn.Parameter)
-        and weight.is_contiguous()
         and input.numel() > 0
         and _has_onednn(weight.dtype)
     )
+
+
+def _is_transformed() -> bool:
+    """Whether gradients, autocast, `torch.func` or forward-mode differentiation ask for more, which oneDNN's lacks."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _onednn_linear(
@@ -120,14 +129,16 @@ def _linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool = False
 ) -> torch.Tensor:
     """
-    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN: in float32 2.2 times as fast as
-    MKL on AMD processors with AVX-512, and GELU costs nothing there (`python examples/benchmark.py --only static`).
+    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN, with GELU fused: the static model
+    is twice as fast in float32 on an AMD processor with AVX-512 (`python examples/benchmark.py --only static`).
     """
     if torch.compiler.is_compiling():
         if _can_use_onednn(input, weight):
-            return torch.ops.diffusers_dyna.linear(input, weight, bias, with_gelu)
-    elif weight.is_mkldnn or _can_use_onednn(input, weight):
+            return torch.ops.diffusers_dyna.linear(input, weight.contiguous(), bias, with_gelu)
+    elif weight.is_mkldnn:
         return _onednn_linear(input, weight, bias, with_gelu)
+    elif _can_use_onednn(input, weight):  # strided weights would take its reference implementation
+        return _onednn_linear(input, weight.contiguous(), bias, with_gelu)
     output = F.linear(input, weight, bias)
     return F.gelu(output, approximate="tanh") if with_gelu else output
 
@@ -197,7 +208,7 @@ class DynaLinear(nn.Linear):
         if torch.is_tensor(groups) and self._traced_weights is not None:
             return _linear(input, *self._traced_weights, with_gelu)
         store = self._packed_weights
-        if store is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if store is not None and not _is_transformed() and not torch.compiler.is_compiling():
             weight, bias = store.get(self, groups, low_rank or [], input)
         else:
             weight, bias = self._cut(groups, low_rank or [])
@@ -252,6 +263,14 @@ def _take(tensor: torch.Tensor, groups: tuple[int, ...] | torch.Tensor, dim: int
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
 
+@dataclass
+class _PackedWeight:
+    cut: tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
+    state: tuple
+    sources: list[torch.Tensor]  # held, so that nothing else comes to lie at their addresses
+    num_bytes: int
+
+
 class _PackedWeights:
     """
     The weights of a prepared trajectory: cut, and in oneDNN's own layout where it takes the products. An entry is used
@@ -268,7 +287,7 @@ class _PackedWeights:
 
     def __getstate__(self):
         """A copy starts without weights: oneDNN's cannot be copied."""
-        num_bytes = self.num_bytes - sum(_num_bytes(cut) for _, cut in self.entries.values())
+        num_bytes = self.num_bytes - sum(entry.num_bytes for entry in self.entries.values())
         return {**self.__dict__, "entries": {}, "num_bytes": num_bytes}
 
     def admit(self, num_uses: Counter) -> None:
@@ -291,11 +310,11 @@ class _PackedWeights:
         """Weight and bias for an input; without one, dense for a compiled graph."""
         sources = [layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2])]
         state = (_signature(sources), tuple(scale for *_, scale in low_rank))
-        packed = self.entries.get((layer, groups))
-        if packed is not None and packed[0] == state and _fits(packed[1][0], input):
-            return packed[1]
-        if packed is not None:
-            self.num_bytes -= _num_bytes(packed[1])
+        entry = self.entries.get((layer, groups))
+        if entry is not None and entry.state == state and not (input is None and entry.cut[0].is_mkldnn):
+            return entry.cut
+        if entry is not None:
+            self.num_bytes -= entry.num_bytes
             del self.entries[layer, groups]
         weight, bias = layer._cut(groups, low_rank)
         # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
@@ -309,41 +328,45 @@ class _PackedWeights:
             packed = weight.detach().clone(memory_format=torch.contiguous_format)
         else:
             packed = weight.detach().contiguous()
-        cut = (packed, None if bias is None else bias.detach().clone())
-        if self.num_bytes + _num_bytes(cut) > self.max_bytes:
+        kept = [packed]
+        if bias is not None and layer.dyna_dim[1]:
+            kept.append(bias := bias.detach().clone())
+        num_bytes = _num_bytes(kept)
+        if self.num_bytes + num_bytes > self.max_bytes:
+            self.admitted.discard((layer, groups))
             return weight, bias
-        self.entries[layer, groups] = (state, cut)
-        self.num_bytes += _num_bytes(cut)
-        return cut
+        sources = [source.detach() for source in sources if source is not None]
+        self.entries[layer, groups] = _PackedWeight((packed, bias), state, sources, num_bytes)
+        self.num_bytes += num_bytes
+        return packed, bias
 
     def get_for_block(self, block: "DynaDiTBlock", heads, groups) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """
         Weights and biases of qkv, to_out, fc1 and fc2 for a compiled block, kept ones or, at full width, the layers' own;
         nothing where one is neither.
         """
-        weights = []
+        layers = []
         attention, mlp = (block.attn.qkv, block.attn.to_out[0]), (block.mlp.fc1, block.mlp.fc2)
         for layer, active in [(layer, heads) for layer in attention] + [(layer, groups) for layer in mlp]:
             low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
             layer = layer if isinstance(layer, DynaLinear) else layer.base_layer
-            if (layer, active) in self.admitted:
-                weight, bias = self.get(layer, active, low_rank, None)
-                is_kept = (layer, active) in self.entries
-            else:
-                weight, bias = (None if tensor is None else tensor.detach() for tensor in (layer.weight, layer.bias))
-                is_kept = len(active) == layer.num_heads and not low_rank and not _has_hooks(layer)
-            if not is_kept:
+            is_own = len(active) == layer.num_heads and not low_rank and not _has_hooks(layer)
+            if not is_own and (layer, active) not in self.admitted:
                 return []
+            layers.append((layer, active, low_rank, is_own))
+        weights = []
+        for layer, active, low_rank, is_own in layers:
+            if is_own:
+                weight, bias = (None if tensor is None else tensor.detach() for tensor in (layer.weight, layer.bias))
+            else:
+                weight, bias = self.get(layer, active, low_rank, None)
+                if (layer, active) not in self.entries:
+                    return []
             torch._dynamo.maybe_mark_dynamic(weight, 0 if layer.dyna_dim[1] else 1)
             if layer.dyna_dim[1] and bias is not None:
                 torch._dynamo.maybe_mark_dynamic(bias, 0)
             weights.append((weight, bias))
         return weights
-
-
-def _fits(packed: torch.Tensor, input: torch.Tensor | None) -> bool:
-    """Weights in oneDNN's layout are of no use to other products: under autocast, and in compiled graphs."""
-    return not packed.is_mkldnn or (input is not None and not torch.is_autocast_enabled("cpu"))
 
 
 def _num_bytes(tensors) -> int:
@@ -553,7 +576,9 @@ def _run_linear(
 
 def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
     """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
-    if not isinstance(getattr(layer, "base_layer", None), DynaLinear) or not hasattr(layer, "lora_A"):
+    if not isinstance(getattr(layer, "base_layer", None), DynaLinear):
+        return None
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # AdaLoRA has parameters there
         return None
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as the layer's own forward does
@@ -802,9 +827,8 @@ class DynaDiTBlock(nn.Module):
 
     def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
         """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
-        modulation = self.modulation(conditioning).unflatten(-1, (6, -1))
-        modulation[..., 1::3, :] += 1
-        return modulation
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
+        return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
 
     def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks of heads and channel groups, (B, groups) each, at full width. Without a call: as in inference."""
@@ -1013,7 +1037,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     under `torch.no_grad` only what is on is computed (**skipping**): the weights are cut to the active heads and channel
     groups, and the MLP runs on the selected tokens. Masked and skipping give the same output.
 
-    [`compile`] and `compile_repeated_blocks` keep the skipping form, with one or two graphs for all blocks and timesteps.
+    [`compile`] and `compile_repeated_blocks` keep the skipping form, with a few graphs for all blocks and timesteps.
     These run masked: samples of different timesteps in compiled blocks, `torch.compile(model)`, and layers whose weights
     cannot be cut (quantised, DoRA). Compiled blocks of `router_mode="threshold"` skip heads and groups and mask tokens.
 
@@ -1389,8 +1413,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
         for every pair of timestep and label, and, as they are first used, the cut weights of the sets of heads and groups
-        that recur most. A call at another timestep or label is right too, only not prepared. [`plan_bytes`] tells what
-        it holds; free it with [`clear_plan`].
+        that recur most. A call at another timestep or label is right too, only not prepared, unless [`set_plan_step`]
+        says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread.
 
         What was prepared is dropped where weights, dtype, device or width change. A write through `.data`, as
         `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
@@ -1429,10 +1453,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             for linear in modulations
         ) and not any(map(_has_hooks, blocks))
         is_plain = is_plain and type(self.class_embedding) in (nn.Embedding, type(None))
+        is_plain = is_plain and not torch.is_autocast_enabled(device.type)
         if is_plain and (class_labels is not None or self.class_embedding is None):
             labels = None
             if class_labels is not None:
-                labels = self._prepare_class_labels(class_labels, None, class_labels.numel(), times.device)
+                batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
+                labels = self._prepare_class_labels(class_labels, None, batch_size, times.device)
                 distinct = labels.unique()
                 rows = times.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
                 rows[distinct] = torch.arange(len(distinct), device=times.device)
@@ -1463,6 +1489,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """How often a trajectory uses each set of groups of each layer."""
         num_uses = Counter()
         for block, *steps in zip(self._blocks, *decisions, strict=True):
+            if _has_hooks(block):  # its weights are elsewhere between the calls
+                continue
             for kind, owner in (("heads", block.attn), ("groups", block.mlp)):
                 for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
                     num_uses.update((layer, getattr(decision, kind)[0][1]) for decision in steps)
@@ -1517,6 +1545,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if step is not None and not 0 <= step < len(self._plan.timesteps):
             raise ValueError(f"`step`={step} must be in [0, {len(self._plan.timesteps)}), the prepared timesteps.")
         self._plan.step = step
+
+    def _apply(self, *args, **kwargs):
+        self.clear_plan()  # `to` and its like give parameters new storage without a trace
+        return super()._apply(*args, **kwargs)
 
     def clear_plan(self) -> None:
         """Frees what [`prepare_timesteps`] prepared."""
@@ -1640,12 +1672,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb))
         if not has_compiled_blocks:
             call.form = "skipping"
-        elif self._install_works(call, num_tokens, plan, step):
+        elif self._install_works(call, num_tokens, temb.device, plan, step):
             call.form = "traced"
             call.decisions = call.modulations = None  # nothing that differs between the calls of one graph
         return call
 
-    def _install_works(self, call: _Call, num_tokens: int, plan: _Plan | None, step: int | None) -> bool:
+    def _install_works(self, call: _Call, num_tokens: int, device, plan: _Plan | None, step: int | None) -> bool:
         """
         Gives each compiled block its `_TracedWork`, if all samples have the same decisions. A block whose work would
         need one graph too many has none and runs masked.
@@ -1657,14 +1689,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 for decision in call.decisions
             ):
                 return False
-            works = [
-                self._make_work(block, decision, num_tokens)
-                for block, decision in zip(self._blocks, call.decisions, strict=True)
-            ]
+            works = [self._make_work(decision, num_tokens, device) for decision in call.decisions]
             if plan is not None:
                 plan.works[step, num_tokens] = works
         for i, (block, work, decision) in enumerate(zip(self._blocks, works, call.decisions, strict=True)):
-            work.modulation = None if call.modulations is None else call.modulations[i]
+            if call.modulations is not None:
+                work = replace(work, modulation=call.modulations[i])
             special = work.special_sizes()
             if special is not None and len(self._special_graphs) < MAX_SPECIAL_GRAPHS:
                 self._special_graphs.add(special)
@@ -1676,8 +1706,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 layer._traced_weights = cut
         return True
 
-    def _make_work(self, block: DynaDiTBlock, decision: _BlockDecision, num_tokens: int) -> _TracedWork:
-        device = block.layer_index.device
+    @staticmethod
+    def _make_work(decision: _BlockDecision, num_tokens: int, device) -> _TracedWork:
         tensors = [torch.tensor(part[0][1], device=device) for part in (decision.heads, decision.groups)]
         if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
             tensors.append(torch.arange(count, device=device))
@@ -1728,7 +1758,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             layers += [self.class_embedding, *(block.modulation for block in self._blocks)]
         layers = [layer for layer in layers if layer is not None]
         tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
-        return (tuple(map(id, layers)), _signature(tensors), self._width_mult)
+        modes = tuple(block.router_mode for block in self._blocks)
+        return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
 
     def _find_step(self, timestep: torch.Tensor) -> tuple[_Plan | None, int | None]:
         plan = self._plan
@@ -1882,4 +1913,5 @@ def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor |
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether offloading or layerwise casting fills in the module's weights only while it runs."""
-    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or (registry is not None and not WEIGHT_HOOKS.isdisjoint(registry.hooks))

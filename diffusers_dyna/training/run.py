@@ -424,6 +424,11 @@ class TrainingRun:
         if self.is_main:
             self._log.write(step=step, **values)
 
+    def _clear_plan(self) -> None:
+        """To be called after weights were written through `.data`, which a transformer's plan cannot see."""
+        if hasattr(self.unwrapped, "clear_plan"):
+            self.unwrapped.clear_plan()
+
     @contextlib.contextmanager
     def averaged_pipeline(self) -> Iterator[DiffusionPipeline | None]:
         """
@@ -434,6 +439,7 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.store(self.unwrapped.parameters())
             self.ema.copy_to(self.unwrapped.parameters())
+            self._clear_plan()
         try:
             if self.is_sharded:
                 state_dict = self.accelerator.get_state_dict(self.model)
@@ -448,6 +454,7 @@ class TrainingRun:
         finally:
             if self.ema is not None:
                 self.ema.restore(self.unwrapped.parameters())
+                self._clear_plan()
             self.unwrapped.train()
 
     def save(self) -> None:

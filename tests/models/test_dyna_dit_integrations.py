@@ -400,11 +400,47 @@ def test_plan_notices_adapters(peft, change):
     fresh.clear_plan()
     torch.testing.assert_close(after, run(fresh, arguments).sample, rtol=1e-4, atol=5e-4)
     torch.testing.assert_close(after, run(model, arguments).sample, **CLOSE)
-    packed = [tensor for _, cut in model._plan.packed_weights.entries.values() for tensor in cut if tensor is not None]
+    entries = model._plan.packed_weights.entries.values()
+    packed = [tensor for entry in entries for tensor in entry.cut if tensor is not None]
+    packed = [tensor for tensor in packed if not isinstance(tensor, torch.nn.Parameter)]
     held = sum(map(stored_bytes, (*packed, *model._plan.modulations)))
     assert model.plan_bytes == held  # what was replaced is no longer counted
     is_merged = any(layer.merged for layer in lora_layers(model))
     assert ((after - before).abs().max() > 0.01) != is_merged
+
+
+def test_plan_notices_an_adapter_in_the_place_of_another(peft):
+    """Whose factors may come to lie where the first one's were."""
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"])
+    arguments = dit_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments)
+    model.add_adapter(config, adapter_name="first")
+    draw_adapters(model)
+    model.prepare_timesteps(torch.tensor([900.0, 333.25]), arguments["class_labels"])
+    model.set_plan_step(1)
+    for i in range(5):
+        run(model, arguments)
+        model.delete_adapters("first" if i == 0 else "next")
+        model.add_adapter(config, adapter_name="next")
+        with torch.no_grad():
+            for layer in lora_layers(model):
+                layer.lora_A["next"].weight.copy_(0.25 * randn(*layer.lora_A["next"].weight.shape, seed=i))
+                layer.lora_B["next"].weight.copy_(0.25 * randn(*layer.lora_B["next"].weight.shape, seed=10 + i))
+        after = run(model, arguments).sample
+        fresh = copy.deepcopy(model)
+        fresh.clear_plan()
+        torch.testing.assert_close(after, run(fresh, arguments).sample, rtol=1e-4, atol=5e-4)
+
+
+def test_adalora_runs_masked(peft):
+    """Its factors are parameters, with a third one between them."""
+    arguments = dit_inputs()
+    model = tiny_dyna_dit()
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1, target_modules=["fc1"])
+    model.add_adapter(config, adapter_name="style")
+    draw_adapters(model)
+    masked = run_masked(model, arguments).sample.detach()
+    torch.testing.assert_close(run(model, arguments).sample, masked, rtol=1e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +619,10 @@ def test_layerwise_casting(monkeypatch):
             actual = run(model, arguments, output_masks=True)
             assert 0.2 < actual.compute_ratio.mean() < 0.9
             assert torch.equal(actual.sample, run(rounded, arguments).sample)
+            masked = run_masked(rounded, arguments, output_masks=True)
+            assert torch.equal(actual.attn_masks, masked.attn_masks)
+            # two orders of rounding to bfloat16, and tokens whose scores these move to the other side
+            assert (actual.sample - masked.sample).float().abs().median() < 0.02 * masked.sample.float().std()
     if prepared:
         assert model._plan.packed_weights.entries == {} and model._plan.modulations == []
     assert {name for name, value in model.state_dict().items() if value.dtype == torch.float8_e4m3fn} == stored
@@ -645,6 +685,55 @@ def test_quantised_layers_run_masked(layer, subclass, monkeypatch):
         model.set_width(0.5)
 
 
+def test_hooks_of_a_user():
+    """On the modulation, whose output is theirs to keep and whose gradient theirs to see."""
+    arguments = dit_inputs(same_time=True)
+    model, seen = mixed_dyna_dit(arguments), []
+    modulation = model.transformer_blocks[0].modulation
+    handle = modulation.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    run(model, arguments)
+    handle.remove()
+    assert torch.equal(*seen[0])
+    modulation.register_full_backward_hook(lambda module, before, after: seen.append(after))
+    run_masked(model.train(), arguments).sample.sum().backward()
+    assert len(seen) == 2 and seen[1][0].abs().sum() > 0
+
+
+def test_forward_mode_derivatives():
+    """oneDNN's products have none; without gradients too they are those of torch's."""
+    arguments = dit_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments)
+    model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
+    run(model, arguments)  # packs
+    model.set_attention_backend("_native_math")  # the CPU's fused attention has no forward-mode derivative
+    x, direction = arguments["hidden_states"], randn(*arguments["hidden_states"].shape, seed=9)
+    for options in ({}, {"complete_model": True}):
+
+        def call(x):
+            return model(**{**arguments, "hidden_states": x}, **options).sample
+
+        derivatives = []
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                derivatives.append(torch.func.jvp(call, (x,), (direction,))[1].detach())
+            if not options:
+                model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
+                run(model, arguments)
+        assert derivatives[0].abs().max() > 0.1
+        torch.testing.assert_close(derivatives[1], derivatives[0], rtol=1e-3, atol=1e-3)
+
+
+def test_caches_leave_the_plan_alone():
+    """Their hooks hold outputs, not weights."""
+    arguments = dit_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
+    with model.cache_context("cond"):
+        run(model, arguments)
+    assert model._plan.modulations and model._plan.packed_weights.entries
+
+
 # Offloading
 
 
@@ -655,13 +744,14 @@ def test_quantised_layers_run_masked(layer, subclass, monkeypatch):
 def test_group_offload(options, router_mode, monkeypatch):
     arguments = dit_inputs()
     model = mixed_dyna_dit(arguments, router_mode=router_mode)
-    expected = run(model, arguments).sample
+    expected = run_masked(model, arguments).sample.detach()
     model.enable_group_offload(onload_device=torch.device("cpu"), **options)
     for prepared in (False, True):
         if prepared:
             model.prepare_timesteps(arguments["timestep"], arguments["class_labels"])
         for _ in range(2):
             torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+    assert model._plan.packed_weights.entries == {}  # they would stay behind when the weights go
     assert forms_run(model, arguments, monkeypatch) == {"skipping"}
 
 
