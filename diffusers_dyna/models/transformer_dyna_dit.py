@@ -277,7 +277,7 @@ class _PackedWeights:
     only as long as what it was made from is the same.
     """
 
-    # To make an entry takes as long as a cut; on a CPU, oneDNN's layout and fresh memory included, about four cuts.
+    # Below these, elsewhere and on a CPU, an entry takes longer to make than it saves; oneDNN's layout adds to that.
     MIN_USES = (2, 4)
 
     def __init__(self, max_bytes: int):
