@@ -6,7 +6,7 @@ Hub repository.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,8 @@ QK_NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 GATE_TEMPERATURE = 5.0
 # In capacity mode the keep rate of the tokens is this times a sigmoid, cut at 1: all tokens are within reach of it.
 TOKEN_RATE_SCALE = 1.01
-# Graphs that compiled blocks may need for single heads, groups or tokens, and for layers without any: torch compiles
-# these apart, and no more than 8 in all.
-MAX_SPECIAL_GRAPHS = 1
+# Stands for the groups of a call in compiled blocks, whose graphs must not hold which ones they are.
+COMPILED = ()
 # diffusers' hooks that change a module's weights, unlike those of feature caches.
 WEIGHT_HOOKS = frozenset({"group_offloading", "layerwise_casting"})
 
@@ -180,12 +179,12 @@ class DynaLinear(nn.Linear):
         self.dyna_dim = dyna_dim
         self.width_mult = 1.0
         self._packed_weights = None  # while a trajectory is prepared: the store that the layers of the model share
-        self._traced_weights = None  # what a compiled call uses for the groups that it gives as a tensor
+        self._traced_weights = None  # in a call of a compiled block: what stands for `groups=COMPILED`
 
     def forward(
         self,
         input: torch.Tensor,
-        groups: tuple[int, ...] | torch.Tensor | None = None,
+        groups: tuple[int, ...] | None = None,
         low_rank: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None,
         with_gelu: bool = False,
     ) -> torch.Tensor:
@@ -193,7 +192,7 @@ class DynaLinear(nn.Linear):
         Args:
             input (`torch.Tensor` of shape `(..., in_width)`):
                 Where the input side is dynamic, only the channels of `groups`, in their order.
-            groups (`tuple[int, ...]` or `torch.Tensor`, *optional*):
+            groups (`tuple[int, ...]`, *optional*):
                 Ascending indices of the groups that take part. `None` is the leading part that `width_mult` names.
             low_rank (`list[tuple[torch.Tensor, torch.Tensor, float]]`, *optional*):
                 LoRA factors `(A, B, scale)` of the full layer; the weight used is the cut of `weight + scale * B @ A`.
@@ -205,7 +204,7 @@ class DynaLinear(nn.Linear):
         if groups is None:
             num_groups = round_to_nearest(self.num_heads, self.width_mult, self.num_heads)
             groups = tuple(range(num_groups))
-        if torch.is_tensor(groups) and self._traced_weights is not None:
+        if groups == COMPILED:
             return _linear(input, *self._traced_weights, with_gelu)
         store = self._packed_weights
         if store is not None and not _is_transformed() and not torch.compiler.is_compiling():
@@ -213,6 +212,19 @@ class DynaLinear(nn.Linear):
         else:
             weight, bias = self._cut(groups, low_rank or [])
         return _linear(input, weight, bias, with_gelu)
+
+    def _dense_weights(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias for a compiled graph, in which their width is dynamic."""
+        if groups is None:
+            groups = tuple(range(round_to_nearest(self.num_heads, self.width_mult, self.num_heads)))
+        store = self._packed_weights
+        cut = self._cut(groups, low_rank) if store is None else store.get(self, groups, low_rank, None)
+        weight, bias = (None if tensor is None else tensor.detach() for tensor in cut)
+        weight = weight.contiguous()
+        torch._dynamo.maybe_mark_dynamic(weight, 0 if self.dyna_dim[1] else 1)
+        if self.dyna_dim[1] and bias is not None:
+            torch._dynamo.maybe_mark_dynamic(bias, 0)
+        return weight, bias
 
     def _cut(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of some groups, adapters included. Full ones are the layer's own."""
@@ -222,17 +234,14 @@ class DynaLinear(nn.Linear):
             weight = weight + (scale * update).to(weight.dtype)
         return weight, None if self.bias is None else self._cut_rows(self.bias, groups)
 
-    def _are_all(self, groups) -> bool:
-        return not torch.is_tensor(groups) and len(groups) == self.num_heads
-
     def _cut_rows(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[1] or self._are_all(groups):
+        if not self.dyna_dim[1] or len(groups) == self.num_heads:
             return tensor
         stacked = rearrange(tensor, "(s g d) ... -> s g d ...", s=self.num_stacked, g=self.num_heads)
         return rearrange(_take(stacked, groups, dim=1), "s g d ... -> (s g d) ...")
 
     def _cut_columns(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[0] or self._are_all(groups):
+        if not self.dyna_dim[0] or len(groups) == self.num_heads:
             return tensor
         grouped = rearrange(tensor, "o (g d) -> o g d", g=self.num_heads)
         return rearrange(_take(grouped, groups, dim=1), "o g d -> o (g d)")
@@ -254,9 +263,7 @@ class DynaQKVLinear(DynaLinear):
         super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
 
 
-def _take(tensor: torch.Tensor, groups: tuple[int, ...] | torch.Tensor, dim: int) -> torch.Tensor:
-    if torch.is_tensor(groups):
-        return tensor.index_select(dim, groups)
+def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
     # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
     starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 < group] + [len(groups)]
     runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
@@ -339,34 +346,6 @@ class _PackedWeights:
         self.entries[layer, groups] = _PackedWeight((packed, bias), state, sources, num_bytes)
         self.num_bytes += num_bytes
         return packed, bias
-
-    def get_for_block(self, block: "DynaDiTBlock", heads, groups) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """
-        Weights and biases of qkv, to_out, fc1 and fc2 for a compiled block, kept ones or, at full width, the layers' own;
-        nothing where one is neither.
-        """
-        layers = []
-        attention, mlp = (block.attn.qkv, block.attn.to_out[0]), (block.mlp.fc1, block.mlp.fc2)
-        for layer, active in [(layer, heads) for layer in attention] + [(layer, groups) for layer in mlp]:
-            low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
-            layer = layer if isinstance(layer, DynaLinear) else layer.base_layer
-            is_own = len(active) == layer.num_heads and not low_rank and not _has_hooks(layer)
-            if not is_own and (layer, active) not in self.admitted:
-                return []
-            layers.append((layer, active, low_rank, is_own))
-        weights = []
-        for layer, active, low_rank, is_own in layers:
-            if is_own:
-                weight, bias = (None if tensor is None else tensor.detach() for tensor in (layer.weight, layer.bias))
-            else:
-                weight, bias = self.get(layer, active, low_rank, None)
-                if (layer, active) not in self.entries:
-                    return []
-            torch._dynamo.maybe_mark_dynamic(weight, 0 if layer.dyna_dim[1] else 1)
-            if layer.dyna_dim[1] and bias is not None:
-                torch._dynamo.maybe_mark_dynamic(bias, 0)
-            weights.append((weight, bias))
-        return weights
 
 
 def _num_bytes(tensors) -> int:
@@ -568,7 +547,9 @@ def _run_linear(
     """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
     if isinstance(layer, DynaLinear):
         return layer(hidden_states, groups, with_gelu=with_gelu)
-    if torch.is_tensor(groups) or (groups is not None and len(groups) < layer.base_layer.num_heads):
+    if groups == COMPILED:
+        return layer.base_layer(hidden_states, groups, with_gelu=with_gelu)
+    if groups is not None and len(groups) < layer.base_layer.num_heads:
         return layer.base_layer(hidden_states, groups, _low_rank_factors(layer), with_gelu)
     hidden_states = layer(hidden_states)
     return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
@@ -684,29 +665,10 @@ class _BlockDecision:
 
 
 @dataclass
-class _TracedWork:
-    """
-    A `_BlockDecision` for a compiled block: tensors only, so that one graph serves every set and count. A tensor's size
-    is dynamic where a number or a tuple would be compiled in.
-    """
-
-    heads: torch.Tensor  # (active heads,)
-    groups: torch.Tensor  # (active groups,)
-    token_ranks: torch.Tensor | None = None  # (selected tokens,): 0, 1, 2, ...; `None` is all
-    modulation: torch.Tensor | None = None  # (B, 6, D)
-
-    def special_sizes(self) -> tuple[int, int, int] | None:
-        """The sizes that a graph is compiled for, those of 0 and 1, or `None` where there are none."""
-        num_tokens = 2 if self.token_ranks is None else len(self.token_ranks)
-        sizes = tuple(min(size, 2) for size in (len(self.heads), len(self.groups), num_tokens))
-        return None if sizes == (2, 2, 2) else sizes
-
-
-@dataclass
 class _Call:
     """What the blocks share in one call of the model."""
 
-    form: str  # "complete", "masked", "skipping" (which of the complete model leaves out nothing), or "traced"
+    form: str  # "complete", "masked" or "skipping", which of the complete model leaves out nothing
     num_active: int  # leading groups that `width_mult` leaves
     output_masks: bool = False
     gate_noise: torch.Tensor | None = None
@@ -727,9 +689,6 @@ class _Plan:
     label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
     modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
     step: int | None = None
-    works: dict[tuple[int, int], list] = field(
-        default_factory=dict
-    )  # of compiled blocks, by step and number of tokens
 
 
 class DynaDiTBlock(nn.Module):
@@ -776,7 +735,7 @@ class DynaDiTBlock(nn.Module):
         self.mlp_rate = DynaFloat32Linear(dim, num_heads - 1)
         self.token_selection = DynaTokenSelection(dim)
         self.token_rate = DynaFloat32Linear(dim, 1) if router_mode == "capacity" else None
-        self.work = None  # of a compiled call
+        self._compiled = None  # `_forward_dense` and `_forward_traced`
         self.masks = None  # of the last call with `output_masks`: heads, groups, tokens, share of tokens
 
     def forward(
@@ -792,13 +751,35 @@ class DynaDiTBlock(nn.Module):
         Returns:
             `torch.Tensor` with the shape of `hidden_states`.
         """
-        if call.form == "skipping":
-            modulations = call.modulations
-            modulation = self._modulate(conditioning) if modulations is None else modulations[self.layer_idx]
-            return self._forward_skipping(hidden_states, modulation, call)
-        if call.form == "traced" and self.work is not None:
-            return self._forward_traced(hidden_states, conditioning, call)
+        forward_dense, forward_traced = self._compiled or (self._forward_dense, None)
+        if call.form != "skipping":
+            return forward_dense(hidden_states, temb, conditioning, call)
+        modulations = call.modulations
+        modulation = self._modulate(conditioning) if modulations is None else modulations[self.layer_idx]
+        if forward_traced is not None and self._can_trace(call.decisions[self.layer_idx], hidden_states.shape[1]):
+            return self._call_traced(forward_traced, hidden_states, modulation, call)
+        return self._forward_skipping(hidden_states, modulation, call)
 
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that one or two of them
+        serve every decision.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self._compiled = tuple(
+            torch.compile(function, *args, **kwargs) for function in (self._forward_dense, self._forward_traced)
+        )
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_compiled": None}
+
+    def _forward_dense(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, conditioning: torch.Tensor, call: _Call
+    ) -> torch.Tensor:
+        """The complete and the masked form."""
         modulation = self._modulate(conditioning)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
         head_mask = channel_mask = None
@@ -894,50 +875,73 @@ class DynaDiTBlock(nn.Module):
                 hidden_states[rows] = part
 
         if call.output_masks:
-            token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
-            if selected is not None and selected.dtype == torch.bool:
-                token_mask = selected.float()
-            elif selected is not None:
-                token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
-            head_mask = self._mask_of(decision.heads, token_mask)
-            channel_mask = self._mask_of(decision.groups, token_mask)
-            self.masks = (head_mask, channel_mask, token_mask, token_mask.mean(dim=1))
+            self._keep_masks(decision, hidden_states, selected)
         return hidden_states
 
-    def _forward_traced(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, call: _Call) -> torch.Tensor:
-        """The skipping form for `torch.compile`: `self.work` holds what to compute."""
-        work = self.work
-        modulation = self._modulate(conditioning) if work.modulation is None else work.modulation
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
-        attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=work.heads)
-        hidden_states = torch.addcmul(hidden_states, gate, attn_output)
-
-        token_mask = torch.ones_like(hidden_states[..., 0], dtype=torch.float32)
-        indices = None
-        if work.token_ranks is not None:
-            order = self.token_selection(hidden_states).argsort(dim=1, descending=True, stable=True)
-            selected = order.index_select(1, work.token_ranks)
+    def _keep_masks(
+        self, decision: _BlockDecision, hidden_states: torch.Tensor, selected: torch.Tensor | None
+    ) -> None:
+        token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
+        if selected is not None and selected.dtype == torch.bool:
+            token_mask = selected.float()
+        elif selected is not None:
             token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
-            first = torch.arange(0, token_mask.numel(), token_mask.shape[1], device=selected.device)
-            indices = (selected + first[:, None]).flatten()
-        elif self.router_mode == "threshold":  # how many are on is known on the device only, so all are computed
-            token_mask = (self.token_selection(hidden_states) > 0).float()
-            mlp_gate = mlp_gate * token_mask[:, :, None].to(mlp_gate.dtype)
+        head_mask, channel_mask = (self._mask_of(part, token_mask) for part in (decision.heads, decision.groups))
+        self.masks = (head_mask, channel_mask, token_mask, token_mask.mean(dim=1))
 
-        tokens = hidden_states
-        if indices is not None:
-            tokens = hidden_states.flatten(0, 1).index_select(0, indices).unflatten(0, selected.shape)
-        mlp_input = torch.addcmul(mlp_shift, self.norm2(tokens), mlp_scale)
-        tokens = torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=work.groups))
-        if indices is not None:
-            updated = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1))
-            tokens = updated.view_as(hidden_states)
+    @staticmethod
+    def _can_trace(decision: _BlockDecision, num_tokens: int) -> bool:
+        """Sizes of 0 and 1, which would be compiled apart, and samples with decisions of their own run eagerly."""
+        if len(decision.heads) > 1 or len(decision.groups) > 1 or len(decision.token_rates or [1]) > 1:
+            return False
+        counts = [] if decision.token_rates is None else decision.token_counts(num_tokens)
+        sets = (decision.heads[0][1], decision.groups[0][1])
+        return min(*(2 if active is None else len(active) for active in sets), *counts) > 1
 
+    def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
+        """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
+        decision, num_tokens = call.decisions[self.layer_idx], hidden_states.shape[1]
+        ranks = None
+        if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
+            ranks = torch.arange(count, device=hidden_states.device)
+            torch._dynamo.maybe_mark_dynamic(ranks, 0)
+        layers = []
+        for owner, active in ((self.attn, decision.heads[0][1]), (self.mlp, decision.groups[0][1])):
+            wrapped = (owner.qkv, owner.to_out[0]) if owner is self.attn else (owner.fc1, owner.fc2)
+            for layer in wrapped:
+                low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
+                layer = layer if isinstance(layer, DynaLinear) else layer.base_layer
+                layer._traced_weights = layer._dense_weights(active, low_rank)
+                layers.append(layer)
+        try:
+            hidden_states, selected = forward_traced(hidden_states, modulation, ranks)
+        finally:
+            for layer in layers:
+                layer._traced_weights = None
         if call.output_masks:
-            off = token_mask.new_zeros(len(token_mask), self.num_groups)
-            masks = off.index_fill(1, work.heads, 1.0), off.index_fill(1, work.groups, 1.0)
-            self.masks = (*masks, token_mask, token_mask.mean(dim=1))
-        return tokens
+            self._keep_masks(decision, hidden_states, selected)
+        return hidden_states
+
+    def _forward_traced(self, hidden_states: torch.Tensor, modulation: torch.Tensor, ranks: torch.Tensor | None):
+        """The skipping form for `torch.compile`: the new tokens, and those that were selected."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
+        attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=COMPILED)
+        hidden_states = torch.addcmul(hidden_states, gate, attn_output)
+        tokens, selected, indices = hidden_states, None, None
+        if ranks is not None:
+            scores = self.token_selection(hidden_states)
+            selected = scores.argsort(dim=1, descending=True, stable=True).index_select(1, ranks)
+            first = torch.arange(0, scores.numel(), scores.shape[1], device=scores.device)
+            indices = (selected + first[:, None]).flatten()
+            tokens = hidden_states.flatten(0, 1).index_select(0, indices).unflatten(0, selected.shape)
+        elif self.router_mode == "threshold":  # how many are on is known on the device only, so all are computed
+            selected = self.token_selection(hidden_states) > 0
+            mlp_gate = mlp_gate * selected[:, :, None].to(mlp_gate.dtype)
+        mlp_input = torch.addcmul(mlp_shift, self.norm2(tokens), mlp_scale)
+        tokens = torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=COMPILED))
+        if indices is not None:
+            tokens = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1)).view_as(hidden_states)
+        return tokens, selected
 
     def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, groups) -> None:
         """Adds the gated output of the MLP to the selected tokens, in place; `modulation` is (B, 3, 1, D)."""
@@ -1037,9 +1041,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     under `torch.no_grad` only what is on is computed (**skipping**): the weights are cut to the active heads and channel
     groups, and the MLP runs on the selected tokens. Masked and skipping give the same output.
 
-    [`compile`] and `compile_repeated_blocks` keep the skipping form, with a few graphs for all blocks and timesteps.
-    These run masked: samples of different timesteps in compiled blocks, `torch.compile(model)`, and layers whose weights
-    cannot be cut (quantised, DoRA). Compiled blocks of `router_mode="threshold"` skip heads and groups and mask tokens.
+    [`compile`] and `compile_repeated_blocks` keep the skipping form, with one or two graphs for all blocks and timesteps;
+    with `router_mode="threshold"` these skip heads and groups and mask tokens. `torch.compile(model)` and layers whose
+    weights cannot be cut (quantised, DoRA) run masked.
 
     `DYNA_DIT_CONFIGS` holds the public sizes:
     `DynaDiTTransformer2DModel.from_config(DYNA_DIT_CONFIGS["DiT-S/2"], num_classes=10)`.
@@ -1137,7 +1141,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         self._blocks = tuple(self.transformer_blocks)
         self._width_mult = 1.0
         self._plan = None
-        self._special_graphs = set()
         self._initialize_weights()
 
     def _check_config(self, height: int, width: int) -> None:
@@ -1263,7 +1266,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if width_mult < 1 and not self._can_cut():
             raise ValueError(self._CANNOT_CUT)
         self._width_mult = width_mult
-        for layer in self._dynamic_layers(*self._blocks):
+        for layer in self._dynamic_layers():
             layer.width_mult = width_mult
 
     _CANNOT_CUT = (
@@ -1478,12 +1481,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         plan.packed_weights.admit(self._count_uses(decisions))
         plan.signature = self._plan_signature(bool(plan.modulations))
         self._plan = plan
-        for layer in self._dynamic_layers(*blocks):
+        for layer in self._dynamic_layers():
             layer._packed_weights = plan.packed_weights
 
-    def _dynamic_layers(self, *blocks: DynaDiTBlock) -> list[DynaLinear]:
-        """Those of a block in the order qkv, to_out, fc1, fc2, whatever wraps them."""
-        return [module for block in blocks for module in block.modules() if isinstance(module, DynaLinear)]
+    def _dynamic_layers(self) -> list[DynaLinear]:
+        return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
 
     def _count_uses(self, decisions: list[list[_BlockDecision]]) -> Counter:
         """How often a trajectory uses each set of groups of each layer."""
@@ -1555,10 +1557,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if self._plan is None:
             return
         self._plan = None
-        for block in self._blocks:
-            block.work = None
-        for layer in self._dynamic_layers(*self._blocks):
-            layer._packed_weights = layer._traced_weights = None
+        for layer in self._dynamic_layers():
+            layer._packed_weights = None
 
     @property
     def plan_bytes(self) -> int:
@@ -1656,10 +1656,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if not complete_model:
                 self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
             return call
-        if torch.compiler.is_compiling():
+        is_compiled = any(block._compiled is not None for block in self._blocks)
+        if torch.compiler.is_compiling() or (complete_model and is_compiled):
             return call
-        has_compiled_blocks = any(block._compiled_call_impl is not None for block in self._blocks)
-        if (complete_model and has_compiled_blocks) or not (complete_model or self._can_cut()):
+        if not (complete_model or self._can_cut()):
             return call
 
         plan, step = self._find_step(timestep)
@@ -1670,50 +1670,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             call.decisions = self._decide(temb) if step is None else plan.decisions[step]
         if step is not None:
             call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb))
-        if not has_compiled_blocks:
-            call.form = "skipping"
-        elif self._install_works(call, num_tokens, temb.device, plan, step):
-            call.form = "traced"
-            call.decisions = call.modulations = None  # nothing that differs between the calls of one graph
+        call.form = "skipping"
         return call
-
-    def _install_works(self, call: _Call, num_tokens: int, device, plan: _Plan | None, step: int | None) -> bool:
-        """
-        Gives each compiled block its `_TracedWork`, if all samples have the same decisions. A block whose work would
-        need one graph too many has none and runs masked.
-        """
-        works = None if plan is None else plan.works.get((step, num_tokens))
-        if works is None:
-            if any(
-                len(decision.heads) > 1 or len(decision.groups) > 1 or len(decision.token_rates or [1]) > 1
-                for decision in call.decisions
-            ):
-                return False
-            works = [self._make_work(decision, num_tokens, device) for decision in call.decisions]
-            if plan is not None:
-                plan.works[step, num_tokens] = works
-        for i, (block, work, decision) in enumerate(zip(self._blocks, works, call.decisions, strict=True)):
-            if call.modulations is not None:
-                work = replace(work, modulation=call.modulations[i])
-            special = work.special_sizes()
-            if special is not None and len(self._special_graphs) < MAX_SPECIAL_GRAPHS:
-                self._special_graphs.add(special)
-            block.work = work if special is None or special in self._special_graphs else None
-            weights = []
-            if plan is not None and block.work is not None:
-                weights = plan.packed_weights.get_for_block(block, decision.heads[0][1], decision.groups[0][1])
-            for layer, cut in zip(self._dynamic_layers(block), weights or [None] * 4, strict=True):
-                layer._traced_weights = cut
-        return True
-
-    @staticmethod
-    def _make_work(decision: _BlockDecision, num_tokens: int, device) -> _TracedWork:
-        tensors = [torch.tensor(part[0][1], device=device) for part in (decision.heads, decision.groups)]
-        if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
-            tensors.append(torch.arange(count, device=device))
-        for tensor in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return _TracedWork(*tensors)
 
     def _can_cut(self) -> bool:
         return all(
