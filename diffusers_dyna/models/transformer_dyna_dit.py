@@ -215,8 +215,6 @@ class DynaLinear(nn.Linear):
 
     def _dense_weights(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias for a compiled graph, in which their width is dynamic."""
-        if groups is None:
-            groups = tuple(range(round_to_nearest(self.num_heads, self.width_mult, self.num_heads)))
         store = self._packed_weights
         cut = self._cut(groups, low_rank) if store is None else store.get(self, groups, low_rank, None)
         weight, bias = (None if tensor is None else tensor.detach() for tensor in cut)
@@ -555,6 +553,11 @@ def _run_linear(
     return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
 
 
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """The [`DynaLinear`] itself, under whatever adapter."""
+    return layer if isinstance(layer, DynaLinear) else layer.base_layer
+
+
 def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
     """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
     if not isinstance(getattr(layer, "base_layer", None), DynaLinear):
@@ -889,14 +892,21 @@ class DynaDiTBlock(nn.Module):
         head_mask, channel_mask = (self._mask_of(part, token_mask) for part in (decision.heads, decision.groups))
         self.masks = (head_mask, channel_mask, token_mask, token_mask.mean(dim=1))
 
-    @staticmethod
-    def _can_trace(decision: _BlockDecision, num_tokens: int) -> bool:
-        """Sizes of 0 and 1, which would be compiled apart, and samples with decisions of their own run eagerly."""
+    def _can_trace(self, decision: _BlockDecision, num_tokens: int) -> bool:
+        """
+        What runs eagerly in a compiled block: sizes of 0 and 1, which would be compiled apart, samples with decisions of
+        their own, and layers whose weights are there only while they run.
+        """
         if len(decision.heads) > 1 or len(decision.groups) > 1 or len(decision.token_rates or [1]) > 1:
             return False
         counts = [] if decision.token_rates is None else decision.token_counts(num_tokens)
-        sets = (decision.heads[0][1], decision.groups[0][1])
-        return min(*(2 if active is None else len(active) for active in sets), *counts) > 1
+        if min(len(decision.heads[0][1]), len(decision.groups[0][1]), *counts) < 2:
+            return False
+        return not any(_has_hooks(layer) or _has_hooks(_base_layer(layer)) for layer in self._cut_layers())
+
+    def _cut_layers(self) -> tuple[nn.Module, ...]:
+        """Each a [`DynaLinear`], or what an adapter or a quantiser has put in its place."""
+        return self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2
 
     def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
         """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
@@ -905,19 +915,17 @@ class DynaDiTBlock(nn.Module):
         if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
             ranks = torch.arange(count, device=hidden_states.device)
             torch._dynamo.maybe_mark_dynamic(ranks, 0)
-        layers = []
-        for owner, active in ((self.attn, decision.heads[0][1]), (self.mlp, decision.groups[0][1])):
-            wrapped = (owner.qkv, owner.to_out[0]) if owner is self.attn else (owner.fc1, owner.fc2)
-            for layer in wrapped:
-                low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
-                layer = layer if isinstance(layer, DynaLinear) else layer.base_layer
-                layer._traced_weights = layer._dense_weights(active, low_rank)
-                layers.append(layer)
+        (_, heads), (_, groups) = decision.heads[0], decision.groups[0]
+        layers = self._cut_layers()
+        for layer, active in zip(layers, (heads, heads, groups, groups), strict=True):
+            low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
+            base_layer = _base_layer(layer)
+            base_layer._traced_weights = base_layer._dense_weights(active, low_rank)
         try:
             hidden_states, selected = forward_traced(hidden_states, modulation, ranks)
         finally:
             for layer in layers:
-                layer._traced_weights = None
+                _base_layer(layer)._traced_weights = None
         if call.output_masks:
             self._keep_masks(decision, hidden_states, selected)
         return hidden_states
@@ -1330,9 +1338,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
         # 2. Blocks
         given_labels = class_labels if class_dropout_mask is None else None
-        call = self._prepare_call(
-            temb, timestep, hidden_states.shape[1], given_labels, labels, complete_model, output_masks, gate_noise
-        )
+        call = self._prepare_call(temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
@@ -1408,10 +1414,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     @apply_forward_hook
     @torch.no_grad()
     def prepare_timesteps(
-        self,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        max_plan_bytes: int = 2**30,
+        self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None, max_plan_bytes: int = 2**30
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
@@ -1644,9 +1647,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         num_heads = self.config.num_attention_heads
         return round_to_nearest(num_heads, self._width_mult, num_heads)
 
-    def _prepare_call(
-        self, temb, timestep, num_tokens, class_labels, labels, complete_model, output_masks, gate_noise
-    ) -> _Call:
+    def _prepare_call(self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise) -> _Call:
         call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
         if call.num_active < self.config.num_attention_heads and not self._can_cut():
             raise ValueError(self._CANNOT_CUT)
@@ -1656,10 +1657,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if not complete_model:
                 self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
             return call
-        is_compiled = any(block._compiled is not None for block in self._blocks)
-        if torch.compiler.is_compiling() or (complete_model and is_compiled):
+        if torch.compiler.is_compiling():
             return call
-        if not (complete_model or self._can_cut()):
+        if any(block._compiled is not None for block in self._blocks) if complete_model else not self._can_cut():
             return call
 
         plan, step = self._find_step(timestep)
@@ -1674,11 +1674,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return call
 
     def _can_cut(self) -> bool:
-        return all(
-            _can_cut(layer)
-            for block in self._blocks
-            for layer in (block.attn.qkv, block.attn.to_out[0], block.mlp.fc1, block.mlp.fc2)
-        )
+        return all(_can_cut(layer) for block in self._blocks for layer in block._cut_layers())
 
     def _decide(self, temb: torch.Tensor, one_row_a_step: bool = False) -> list:
         """The decisions of all blocks, read back from the device at once: by layer, or by row of `temb` and layer."""

@@ -954,6 +954,29 @@ def test_mixed_timesteps_in_compiled_blocks_run_eagerly(compiler, traced_calls):
     pickle.loads(pickle.dumps(model))  # without what was compiled
 
 
+@pytest.mark.parametrize("tool", ["layerwise casting", "group offload", "block offload"])
+def test_compiled_blocks_whose_weights_come_and_go(compiler, tool, traced_calls):
+    """Where the layers themselves are hooked, there is nothing for a graph to hold outside of their own calls."""
+    arguments = dit_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments)
+    if tool == "layerwise casting":
+        model.to(torch.bfloat16)
+        arguments["hidden_states"] = arguments["hidden_states"].bfloat16()
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    else:
+        options = {"offload_type": "leaf_level"}
+        if tool == "block offload":
+            options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        model.enable_group_offload(onload_device=torch.device("cpu"), **options)
+    expected = run(model, arguments).sample
+    model.compile(fullgraph=True, backend="eager")
+    for prepared in (False, True):
+        if prepared:
+            model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
+        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+    assert bool(traced_calls) == (tool == "block offload")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("router_mode", MODES)
 def test_inductor(compiler, router_mode):
