@@ -23,6 +23,7 @@ from ..testing_utils import TINY_UNET, UNCONDITIONAL, logged_warnings, randn, ra
 
 
 # Two orders of summation of the same float32 products, through about twenty layers with values of order 1.
+# Two calls of one model agree up to rounding: where the allocator puts a tensor decides which kernel its products take.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -471,7 +472,7 @@ def test_attention_processors():
         assert CountingProcessor.calls == 4
         assert (changed - expected).abs().max() > 1e-3
         model.set_attn_processor({name: DynaUNetAttnProcessor() for name in processors})
-        assert torch.equal(model(**inputs()).sample, expected)
+        torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
 
 
 def test_attention_backends(monkeypatch):
@@ -494,7 +495,7 @@ def test_attention_backends(monkeypatch):
         model.set_attention_backend("native")
         torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
         model.reset_attention_backend()
-        assert torch.equal(model(**inputs()).sample, expected)
+        torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
     torch.testing.assert_close(actual, expected, **CLOSE)
     # 16 tokens, 2 heads of 8, as (B, N, heads, d), in four layers a call
     assert {shapes for _, *rest in asked for shapes in rest} == {(2, 16, 2, 8)}
@@ -520,7 +521,7 @@ def test_fused_projections():
         layers[0].to_q.weight.copy_(query)
         model.unfuse_qkv_projections()
         assert list(model.state_dict()) == names
-        assert torch.equal(model(**inputs()).sample, expected)
+        torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
 
 
 # LoRA, casting, offloading
@@ -541,16 +542,16 @@ def test_lora(tmp_path):
     assert len(layers) == 2 * (4 * 4 + 2 * (2 + 2 + 4))  # A and B of 4 attention layers and 8 residual blocks
     assert {p.requires_grad for p in layers.values()} == {True}
     with torch.no_grad():
-        assert torch.equal(model(**inputs()).sample, expected)  # B starts at 0
+        torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)  # B starts at 0
         for i, (name, parameter) in enumerate(layers.items()):
             if "lora_B" in name:
                 parameter.copy_(0.3 * randn(*parameter.shape, seed=i))
         changed = model(**inputs()).sample
         assert (changed - expected).abs().max() > 0.01
         model.disable_adapters()
-        assert torch.equal(model(**inputs()).sample, expected)
+        torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
         model.enable_adapters()
-        assert torch.equal(model(**inputs()).sample, changed)
+        torch.testing.assert_close(model(**inputs()).sample, changed, **CLOSE)
         model.set_adapters("style", weights=0.0)
         torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
 
@@ -564,7 +565,7 @@ def test_lora(tmp_path):
 
         model.delete_adapters("style")
         assert lora_layers(model) == {}
-        assert torch.equal(model(**inputs()).sample, expected)
+        torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
 
 
 def test_lora_gradients_reach_every_adapter():
@@ -609,7 +610,7 @@ def test_group_offload(options):
         expected = model(**inputs()).sample
         model.enable_group_offload(onload_device=torch.device("cpu"), **options)
         for _ in range(2):
-            assert torch.equal(model(**inputs()).sample, expected)
+            torch.testing.assert_close(model(**inputs()).sample, expected, **CLOSE)
 
 
 # Time
