@@ -372,6 +372,7 @@ class DynaDiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
+        max_plan_bytes: int = 2**30,
         attention_kwargs: dict | None = None,
         output_type: str = "pil",
         output_compute_ratio: bool = False,
@@ -410,6 +411,8 @@ class DynaDiTPipeline(DiffusionPipeline):
                 Run every head, channel group and token: the static model.
             width_mult (`float`, *optional*):
                 Width of the transformer in (0, 1] for this call. `None` leaves the width that it has.
+            max_plan_bytes (`int`, defaults to `2**30`):
+                Memory for what the transformer prepares for the call, see its `prepare_timesteps`.
             attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
@@ -511,7 +514,9 @@ class DynaDiTPipeline(DiffusionPipeline):
                 self.transformer.set_width(width_mult)
             if not complete_model:
                 plan_labels = guided_label_ids if any(guided) else label_ids
-                self.transformer.prepare_timesteps(model_timesteps, class_labels=plan_labels)
+                self.transformer.prepare_timesteps(
+                    model_timesteps, class_labels=plan_labels, max_plan_bytes=max_plan_bytes
+                )
 
             with self.progress_bar(total=num_inference_steps) as progress_bar:
                 for i, t in enumerate(timesteps):

@@ -174,5 +174,5 @@ def logged_warnings():
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Memory of a tensor, or of a weight in oneDNN's layout."""
-    return torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+    """Memory of a tensor."""
+    return tensor.untyped_storage().nbytes()

@@ -5,8 +5,10 @@ Hub repository.
 """
 
 import math
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,7 @@ def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(input) is torch.Tensor
         and type(weight) in (torch.Tensor, nn.Parameter)
         and input.numel() > 0
+        and weight.shape[0] > 1  # a product with one row of weights takes it twice the time
         and _has_onednn(weight.dtype)
     )
 
@@ -131,15 +134,17 @@ def _linear(
     `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN, with GELU fused: the static model
     is twice as fast in float32 on an AMD processor with AVX-512 (`python examples/benchmark.py --only static`).
     """
-    if torch.compiler.is_compiling():
-        if _can_use_onednn(input, weight):
-            return torch.ops.diffusers_dyna.linear(input, weight.contiguous(), bias, with_gelu)
-    elif weight.is_mkldnn:
-        return _onednn_linear(input, weight, bias, with_gelu)
-    elif _can_use_onednn(input, weight):  # strided weights would take its reference implementation
-        return _onednn_linear(input, weight.contiguous(), bias, with_gelu)
+    if _can_use_onednn(input, weight):
+        is_compiling = torch.compiler.is_compiling()
+        linear = torch.ops.diffusers_dyna.linear if is_compiling else _onednn_linear
+        return linear(input, _without_gaps(weight), bias, with_gelu)
     output = F.linear(input, weight, bias)
     return F.gelu(output, approximate="tanh") if with_gelu else output
+
+
+def _without_gaps(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix by rows or by columns. With gaps between them, oneDNN would take its reference implementation."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
 class DynaDenseLinear(nn.Linear):
@@ -163,7 +168,7 @@ class DynaLinear(nn.Linear):
         dyna_dim (`tuple[bool, bool]`, defaults to `(True, True)`): whether the input and the output shrink.
     """
 
-    # How many stacked matrices share the rows; every one of them is cut to the same groups.
+    # How many matrices of the same width are stacked in the rows; every one of them is cut to the same groups.
     num_stacked = 1
 
     def __init__(
@@ -178,7 +183,7 @@ class DynaLinear(nn.Linear):
         self.num_heads = num_heads
         self.dyna_dim = dyna_dim
         self.width_mult = 1.0
-        self._packed_weights = None  # while a trajectory is prepared: the store that the layers of the model share
+        self._cut_weights = None  # while a trajectory is prepared: the store that the layers of the model share
         self._traced_weights = None  # in a call of a compiled block: what stands for `groups=COMPILED`
 
     def forward(
@@ -193,7 +198,8 @@ class DynaLinear(nn.Linear):
             input (`torch.Tensor` of shape `(..., in_width)`):
                 Where the input side is dynamic, only the channels of `groups`, in their order.
             groups (`tuple[int, ...]`, *optional*):
-                Ascending indices of the groups that take part. `None` is the leading part that `width_mult` names.
+                Indices of the groups that take part, in the order that the channels have; of all groups, the layer's
+                own. `None` is the leading part that `width_mult` names.
             low_rank (`list[tuple[torch.Tensor, torch.Tensor, float]]`, *optional*):
                 LoRA factors `(A, B, scale)` of the full layer; the weight used is the cut of `weight + scale * B @ A`.
             with_gelu (`bool`, *optional*, defaults to `False`): apply GELU (tanh) to the output.
@@ -206,48 +212,57 @@ class DynaLinear(nn.Linear):
             groups = tuple(range(num_groups))
         if groups == COMPILED:
             return _linear(input, *self._traced_weights, with_gelu)
-        store = self._packed_weights
+        store = self._cut_weights
         if store is not None and not _is_transformed() and not torch.compiler.is_compiling():
-            weight, bias = store.get(self, groups, low_rank or [], input)
+            weight, bias = store.get(self, groups, low_rank or ())
         else:
-            weight, bias = self._cut(groups, low_rank or [])
+            weight, bias = self._cut(groups, low_rank or ())
         return _linear(input, weight, bias, with_gelu)
 
     def _dense_weights(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias for a compiled graph, in which their width is dynamic."""
-        store = self._packed_weights
-        cut = self._cut(groups, low_rank) if store is None else store.get(self, groups, low_rank, None)
-        weight, bias = (None if tensor is None else tensor.detach() for tensor in cut)
-        weight = weight.contiguous()
+        get = self._cut if self._cut_weights is None else partial(self._cut_weights.get, self)
+        weight, bias = get(groups, low_rank, self.num_stacked > 1)
+        weight = weight.detach()
+        if not self.dyna_dim[1] and len(groups) < self.num_heads:
+            weight = weight.t().contiguous().t()  # as the store has them: another layout would be another graph
         torch._dynamo.maybe_mark_dynamic(weight, 0 if self.dyna_dim[1] else 1)
         if self.dyna_dim[1] and bias is not None:
+            bias = bias.detach()
             torch._dynamo.maybe_mark_dynamic(bias, 0)
         return weight, bias
 
-    def _cut(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of some groups, adapters included. Full ones are the layer's own."""
-        weight = self._cut_columns(self._cut_rows(self.weight, groups), groups)
+    def _cut(self, groups, low_rank, with_full: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Weight and bias of some groups, adapters included. Those of all groups are the layer's own, in its own order,
+        unless `with_full` asks for the order of a cut.
+        """
+        if len(groups) == self.num_heads and not with_full:
+            rows = columns = _identity
+        else:
+            rows, columns = self._cut_rows, self._cut_columns
+        weight = columns(rows(self.weight, groups), groups)
         for down, up, scale in low_rank:
-            update = self._cut_rows(up, groups) @ self._cut_columns(down, groups)
+            update = rows(up, groups) @ columns(down, groups)
             weight = weight + (scale * update).to(weight.dtype)
-        return weight, None if self.bias is None else self._cut_rows(self.bias, groups)
+        return weight, None if self.bias is None else rows(self.bias, groups)
 
     def _cut_rows(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[1] or len(groups) == self.num_heads:
+        if not self.dyna_dim[1]:
             return tensor
-        stacked = rearrange(tensor, "(s g d) ... -> s g d ...", s=self.num_stacked, g=self.num_heads)
-        return rearrange(_take(stacked, groups, dim=1), "s g d ... -> (s g d) ...")
+        stacked = tensor.view(self.num_stacked, self.num_heads, -1, *tensor.shape[1:])
+        return _take(stacked, groups, dim=1).transpose(0, 1).reshape(-1, *tensor.shape[1:])
 
     def _cut_columns(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[0] or len(groups) == self.num_heads:
+        if not self.dyna_dim[0]:
             return tensor
-        grouped = rearrange(tensor, "o (g d) -> o g d", g=self.num_heads)
-        return rearrange(_take(grouped, groups, dim=1), "o g d -> o (g d)")
+        return _take(tensor.unflatten(1, (self.num_heads, -1)), groups, dim=1).flatten(1)
 
 
 class DynaQKVLinear(DynaLinear):
     """
-    Query, key and value in one product, each cut to the same heads.
+    Query, key and value in one product, each cut to the same heads. All heads come as the weights are stacked, queries,
+    then keys, then values; some of them head after head, each with its query, key and value.
 
     Args:
         dim (`int`): width of the input, and of each of the three outputs.
@@ -261,97 +276,110 @@ class DynaQKVLinear(DynaLinear):
         super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
 
 
+def _identity(tensor: torch.Tensor, groups) -> torch.Tensor:
+    return tensor
+
+
 def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
     # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
-    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 < group] + [len(groups)]
+    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 != group] + [len(groups)]
     runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
 
 @dataclass
-class _PackedWeight:
-    cut: tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
-    state: tuple
-    sources: list[torch.Tensor]  # held, so that nothing else comes to lie at their addresses
-    num_bytes: int
-
-
-class _PackedWeights:
+class _Slots:
     """
-    The weights of a prepared trajectory: cut, and in oneDNN's own layout where it takes the products. An entry is used
-    only as long as what it was made from is the same.
+    Memory for the groups of one layer, one after the other, rows or columns alike. A set of groups lies in the first of
+    them; `cut`, its weight and bias, are views.
     """
 
-    # Below these, elsewhere and on a CPU, an entry takes longer to make than it saves; oneDNN's layout adds to that.
-    MIN_USES = (2, 4)
+    weight: torch.Tensor  # (slots, channels of all stacked matrices, width of the other side)
+    bias: torch.Tensor | None
+    cut: tuple[torch.Tensor, torch.Tensor | None] = (None, None)
+    groups: tuple[int, ...] = ()
+    state: tuple = ()
+    sources: tuple = ()  # held, so that nothing else comes to lie at their addresses
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self.entries = {}
-        self.admitted = set()
+
+class _CutWeights:
+    """
+    The cut weights of a prepared trajectory: for each layer the set of groups that it ran with last. To go on to another
+    set, only the groups are copied that were not at their place.
+    """
+
+    def __init__(self, max_bytes: int, num_bytes: int = 0):
+        self.max_bytes, self.num_bytes = max_bytes, num_bytes
+        self.num_slots = {}  # by layer; what is not in here is cut in each call
+        self.slots = {}
 
     def __getstate__(self):
-        """A copy starts without weights: oneDNN's cannot be copied."""
-        num_bytes = self.num_bytes - sum(entry.num_bytes for entry in self.entries.values())
-        return {**self.__dict__, "entries": {}, "num_bytes": num_bytes}
+        """A copy starts without weights."""
+        num_bytes = self.num_bytes - sum(_num_bytes((slots.weight, slots.bias)) for slots in self.slots.values())
+        return {**self.__dict__, "slots": {}, "num_bytes": num_bytes}
 
-    def admit(self, num_uses: Counter) -> None:
-        """
-        Settles before the first entry is made which ones to keep, those most used first. (A store that drops the least
-        recently used one never has what a walk over more layers than it holds asks for next.) Layers at full width run
-        with the weights that they have, and what is used less often than `MIN_USES` is cut each time.
-        """
+    def admit(self, num_slots: dict[DynaLinear, int]) -> None:
+        """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
         num_bytes = self.num_bytes
-        for (layer, groups), uses in num_uses.most_common():
-            size = layer.weight.numel() * layer.weight.element_size() * len(groups) // layer.num_heads
-            is_worth_it = len(groups) < layer.num_heads and uses >= self.MIN_USES[layer.weight.device.type == "cpu"]
-            if is_worth_it and num_bytes + size <= self.max_bytes:
-                self.admitted.add((layer, groups))
+        for layer, count in num_slots.items():
+            sources = (layer.weight, layer.bias) if layer.dyna_dim[1] else (layer.weight,)
+            size = _num_bytes(sources) * count // layer.num_heads
+            if num_bytes + size <= self.max_bytes:
+                self.num_slots[layer] = count
                 num_bytes += size
 
     def get(
-        self, layer: DynaLinear, groups, low_rank, input: torch.Tensor | None
+        self, layer: DynaLinear, groups, low_rank, with_full: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias for an input; without one, dense for a compiled graph."""
-        sources = [layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2])]
-        state = (_signature(sources), tuple(scale for *_, scale in low_rank))
-        entry = self.entries.get((layer, groups))
-        if entry is not None and entry.state == state and not (input is None and entry.cut[0].is_mkldnn):
-            return entry.cut
-        if entry is not None:
-            self.num_bytes -= entry.num_bytes
-            del self.entries[layer, groups]
-        weight, bias = layer._cut(groups, low_rank)
-        # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
-        # Nor does a weight made in inference mode tell when it is written to.
-        is_untraceable = any(source is not None and source.is_inference() for source in sources)
-        if (layer, groups) not in self.admitted or is_untraceable or _has_hooks(layer):
-            return weight, bias
-        if input is not None and _can_use_onednn(input, weight := weight.contiguous()):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, input.numel() // input.shape[-1])
-        elif weight.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr():
-            packed = weight.detach().clone(memory_format=torch.contiguous_format)
-        else:
-            packed = weight.detach().contiguous()
-        kept = [packed]
-        if bias is not None and layer.dyna_dim[1]:
-            kept.append(bias := bias.detach().clone())
-        num_bytes = _num_bytes(kept)
-        if self.num_bytes + num_bytes > self.max_bytes:
-            self.admitted.discard((layer, groups))
-            return weight, bias
-        sources = [source.detach() for source in sources if source is not None]
-        self.entries[layer, groups] = _PackedWeight((packed, bias), state, sources, num_bytes)
-        self.num_bytes += num_bytes
-        return packed, bias
+        """As `DynaLinear._cut`; what an earlier call got is no longer valid."""
+        is_full = len(groups) == layer.num_heads and not with_full
+        if is_full or len(groups) > self.num_slots.get(layer, 0):
+            return layer._cut(groups, low_rank, with_full)
+        sources = (layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2]))
+        state = (_signature(sources), *(scale for *_, scale in low_rank))
+        slots = self.slots.get(layer)
+        if slots is None or slots.state != state:
+            # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
+            # Nor does a weight made in inference mode tell when it is written to.
+            if _has_hooks(layer) or any(source is not None and source.is_inference() for source in sources):
+                return layer._cut(groups, low_rank, with_full)
+            slots = self._allocate(layer, slots)
+            slots.state = state
+            slots.sources = tuple(source.detach() for source in sources if source is not None)
+        if slots.groups != groups:
+            self._fill(slots, layer, groups, low_rank)
+        return slots.cut
+
+    def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
+        if slots is not None:
+            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
+        num_slots, is_row = self.num_slots[layer], layer.dyna_dim[1]
+        width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
+        weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
+        bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
+        self.slots[layer] = slots = _Slots(weight, bias)
+        self.num_bytes += _num_bytes((weight, bias))
+        return slots
+
+    def _fill(self, slots: _Slots, layer: DynaLinear, groups, low_rank) -> None:
+        is_row, old = layer.dyna_dim[1], slots.groups
+        bias = layer.bias
+        for place, group in enumerate(groups):
+            if place < len(old) and old[place] == group:
+                continue
+            weight, group_bias = layer._cut((group,), low_rank)
+            slots.weight[place].copy_(weight if is_row else weight.t())
+            if slots.bias is not None:
+                slots.bias[place].copy_(group_bias)
+        weight = slots.weight[: len(groups)].flatten(0, 1)
+        if is_row and bias is not None:
+            bias = slots.bias[: len(groups)].flatten()
+        slots.cut = (weight if is_row else weight.t(), bias)
+        slots.groups = groups
 
 
 def _num_bytes(tensors) -> int:
-    return sum(
-        torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.numel() * tensor.element_size()
-        for tensor in tensors
-        if tensor is not None
-    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def _signature(tensors) -> tuple:
@@ -369,8 +397,11 @@ class DynaFloat32Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Block-wise offloading leaves a router behind when the decisions of all blocks are taken at once.
         weight, bias = self.weight.to(input.device, torch.float32), self.bias.to(input.device, torch.float32)
+        input = input.float()
+        if not torch.is_autocast_enabled(input.device.type):
+            return _linear(input, weight, bias)
         with torch.autocast(input.device.type, enabled=False):
-            return _linear(input.float(), weight, bias)
+            return _linear(input, weight, bias)
 
 
 class DynaTimestepEmbedding(nn.Module):
@@ -442,7 +473,9 @@ class DynaAttnProcessor:
         active_heads: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         qkv = _run_linear(attn.qkv, hidden_states, active_heads)
-        query, key, value = qkv.unflatten(-1, (3, -1, attn.head_dim)).unbind(2)  # (B, N, heads, head_dim)
+        is_cut = active_heads is not None and len(active_heads) < attn.heads
+        shape, dim = ((-1, 3, attn.head_dim), 3) if is_cut else ((3, -1, attn.head_dim), 2)
+        query, key, value = qkv.unflatten(-1, shape).unbind(dim)  # (B, N, heads, head_dim)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         hidden_states = dispatch_attention_fn(
@@ -663,8 +696,8 @@ class _BlockDecision:
     token_rates: list[float] | None
 
     def token_counts(self, num_tokens: int) -> list[int]:
-        # The same float32 arithmetic as in the masked form, on the host.
-        return (torch.tensor(self.token_rates, dtype=torch.float32) * num_tokens).round().int().tolist()
+        # The float32 arithmetic of the masked form: its rates are float32, so only the product is rounded.
+        return [round(struct.unpack("f", struct.pack("f", rate * num_tokens))[0]) for rate in self.token_rates]
 
 
 @dataclass
@@ -685,7 +718,7 @@ class _Plan:
 
     timesteps: list[float]
     decisions: list[list[_BlockDecision]]  # by step and layer
-    packed_weights: _PackedWeights
+    cut_weights: _CutWeights
     signature: tuple = ()
     class_labels: torch.Tensor | None = None
     label_signature: tuple = ()
@@ -868,17 +901,18 @@ class DynaDiTBlock(nn.Module):
                 attn_output = self.attn(attn_input[rows], active_heads=heads)
                 hidden_states[rows] = torch.addcmul(residual[rows], gate[rows], attn_output).to(residual.dtype)
 
-        selected = self._select_tokens(hidden_states, decision)
+        selected, count = self._select_tokens(hidden_states, decision)
         if len(decision.groups) == 1:
-            self._add_mlp(hidden_states, modulation[:, 3:], selected, decision.groups[0][1])
+            self._add_mlp(hidden_states, modulation[:, 3:], selected, count, decision.groups[0][1])
         else:
             for rows, groups in decision.groups:
                 part = hidden_states[rows]
-                self._add_mlp(part, modulation[rows, 3:], None if selected is None else selected[rows], groups)
+                part_selected = None if selected is None else selected[rows]
+                self._add_mlp(part, modulation[rows, 3:], part_selected, count, groups)
                 hidden_states[rows] = part
 
         if call.output_masks:
-            self._keep_masks(decision, hidden_states, selected)
+            self._keep_masks(decision, hidden_states, selected if count is None else selected[:, :count])
         return hidden_states
 
     def _keep_masks(
@@ -951,7 +985,7 @@ class DynaDiTBlock(nn.Module):
             tokens = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1)).view_as(hidden_states)
         return tokens, selected
 
-    def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, groups) -> None:
+    def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, count, groups) -> None:
         """Adds the gated output of the MLP to the selected tokens, in place; `modulation` is (B, 3, 1, D)."""
         batch_size, num_tokens, dim = hidden_states.shape
         shift, scale, gate = modulation.unbind(1)
@@ -960,45 +994,49 @@ class DynaDiTBlock(nn.Module):
             hidden_states.addcmul_(gate, self.mlp(mlp_input, active_groups=groups))
             return
 
-        # The selected tokens of the batch, image after image, and how many of each image.
-        if selected.dtype == torch.bool:
-            counts = selected.sum(dim=1).tolist()
-            indices = selected.flatten().nonzero().squeeze(1)
-        else:
-            counts = [selected.shape[1]] * batch_size
-            indices = (selected + torch.arange(batch_size, device=selected.device)[:, None] * num_tokens).flatten()
-        if len(indices) == 0:
-            return
         all_tokens = hidden_states.view(batch_size * num_tokens, dim)
+        if count is not None:
+            indices = (selected + torch.arange(batch_size, device=selected.device)[:, None] * num_tokens).flatten()
+            tokens = all_tokens.index_select(0, indices).unflatten(0, selected.shape)
+            mlp_output = self.mlp(torch.addcmul(shift, self.norm2(tokens), scale), active_groups=groups)
+            tokens[:, :count].addcmul_(gate, mlp_output[:, :count])
+            all_tokens.index_copy_(0, indices, tokens.flatten(0, 1))
+            return
+
+        counts = selected.sum(dim=1).tolist()  # of the images, whose tokens follow each other
+        indices = selected.flatten().nonzero().squeeze(1)
+        total = len(indices)
+        if total == 0:
+            return
+        indices = F.pad(indices, (0, _fill_up(total, 1, indices.device) - total))
         tokens = all_tokens.index_select(0, indices)
         mlp_input = self.norm2(tokens)
-        if len(set(counts)) == 1:
-            shape = (batch_size, counts[0], dim)
-            mlp_input = torch.addcmul(shift, mlp_input.view(shape), scale)
-            tokens.view(shape).addcmul_(gate, self.mlp(mlp_input, active_groups=groups))
-        else:
-            for image, part in enumerate(mlp_input.split(counts)):
-                part.mul_(scale[image]).add_(shift[image])
-            mlp_output = self.mlp(mlp_input, active_groups=groups)
-            for image, (part, update) in enumerate(zip(tokens.split(counts), mlp_output.split(counts), strict=True)):
-                part.addcmul_(gate[image], update)
-        all_tokens.index_copy_(0, indices, tokens)
+        for image, part in enumerate(mlp_input[:total].split(counts)):
+            part.mul_(scale[image]).add_(shift[image])
+        mlp_output = self.mlp(mlp_input, active_groups=groups)[:total]
+        tokens = tokens[:total]
+        for image, (part, update) in enumerate(zip(tokens.split(counts), mlp_output.split(counts), strict=True)):
+            part.addcmul_(gate[image], update)
+        all_tokens.index_copy_(0, indices[:total], tokens)
 
-    def _select_tokens(self, hidden_states: torch.Tensor, decision: _BlockDecision) -> torch.Tensor | None:
+    def _select_tokens(
+        self, hidden_states: torch.Tensor, decision: _BlockDecision
+    ) -> tuple[torch.Tensor | None, int | None]:
         """
         The tokens that take the MLP: `None` is all; where the counts are known and the same for every image their
-        indices, (B, count); else a boolean mask, (B, N).
+        indices, (B, count or more), and the count; else a boolean mask, (B, N).
         """
-        num_tokens = hidden_states.shape[1]
+        batch_size, num_tokens, _ = hidden_states.shape
         if decision.token_rates is None:
-            return self.token_selection(hidden_states) > 0
+            return self.token_selection(hidden_states) > 0, None
         counts = decision.token_counts(num_tokens)
         if min(counts) == num_tokens:
-            return None
+            return None, None
         scores = self.token_selection(hidden_states)
-        if len(counts) == 1:
-            return scores.argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
-        return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None]
+        if len(set(counts)) > 1:
+            return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None], None
+        ranked = scores.argsort(dim=1, descending=True, stable=True)
+        return ranked[:, : _fill_up(counts[0], batch_size, scores.device)], counts[0]
 
     def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
         mask = like.new_zeros(len(like), self.num_groups)
@@ -1452,7 +1490,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         times = timesteps.to(device=device, dtype=torch.float32)
         temb, _ = self._embed(times, None)
         decisions = self._decide(temb, one_row_a_step=True)
-        plan = _Plan(times.tolist(), decisions, _PackedWeights(max_plan_bytes))
+        plan = _Plan(times.tolist(), decisions, _CutWeights(max_plan_bytes))
         modulations = [block.modulation for block in blocks]
         is_plain = all(
             type(linear) is DynaDenseLinear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
@@ -1477,29 +1515,32 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                     embedding = embedding + self.class_embedding(distinct).to(temb)
                 conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
                 plan.modulations = [block._modulate(conditioning) for block in blocks]
-                plan.packed_weights.num_bytes = num_bytes
+                plan.cut_weights.num_bytes = num_bytes
                 if labels is not None:
                     plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
                     plan.label_rows = rows
-        plan.packed_weights.admit(self._count_uses(decisions))
+        plan.cut_weights.admit(self._count_slots(decisions))
         plan.signature = self._plan_signature(bool(plan.modulations))
         self._plan = plan
         for layer in self._dynamic_layers():
-            layer._packed_weights = plan.packed_weights
+            layer._cut_weights = plan.cut_weights
 
     def _dynamic_layers(self) -> list[DynaLinear]:
         return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
 
-    def _count_uses(self, decisions: list[list[_BlockDecision]]) -> Counter:
-        """How often a trajectory uses each set of groups of each layer."""
-        num_uses = Counter()
+    def _count_slots(self, decisions: list[list[_BlockDecision]]) -> dict[DynaLinear, int]:
+        """The groups of the largest set that each layer has to be cut to in a trajectory."""
+        num_slots = {}
         for block, *steps in zip(self._blocks, *decisions, strict=True):
             if _has_hooks(block):  # its weights are elsewhere between the calls
                 continue
             for kind, owner in (("heads", block.attn), ("groups", block.mlp)):
+                counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
                 for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
-                    num_uses.update((layer, getattr(decision, kind)[0][1]) for decision in steps)
-        return num_uses
+                    # In a compiled block stacked matrices are cut to all groups too.
+                    is_cut = block._compiled is not None and layer.num_stacked > 1
+                    num_slots[layer] = max((n for n in counts if is_cut or n < block.num_groups), default=0)
+        return num_slots
 
     def predict_compute_ratio(
         self, timesteps: torch.Tensor, sample_size: int | tuple[int, int] | None = None
@@ -1561,12 +1602,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return
         self._plan = None
         for layer in self._dynamic_layers():
-            layer._packed_weights = None
+            layer._cut_weights = None
 
     @property
     def plan_bytes(self) -> int:
         """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
-        return 0 if self._plan is None else self._plan.packed_weights.num_bytes
+        return 0 if self._plan is None else self._plan.cut_weights.num_bytes
 
     def compute_macs(
         self,
@@ -1693,6 +1734,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 groups.append(tuple(i for i in range(num_active) if row[num_groups + i]))
                 rates += row[2 * num_groups :]
             if one_row_a_step:
+                heads, groups = (_keep_places(sets, num_groups) for sets in (heads, groups))
                 steps = zip(heads, groups, rates or [None] * len(heads), strict=True)
                 decisions.append(
                     [_BlockDecision([(None, h)], [(None, g)], None if r is None else [r]) for h, g, r in steps]
@@ -1855,6 +1897,18 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return class_labels
 
 
+def _fill_up(count: int, batch_size: int, device: torch.device) -> int:
+    """
+    Tokens of each image to compute, at least `count`, so that a CPU sees few numbers of rows: multiples of 16, from 128
+    on. oneDNN compiles a kernel for each number and keeps 1024 of them, fewer than the calls of a long trajectory have;
+    one takes 0.6 to 1.3 ms, as long as 40 to 200 rows.
+    """
+    if device.type != "cpu" or batch_size * count < 128:
+        return count
+    multiple = 16 // math.gcd(16, batch_size)
+    return -(-count // multiple) * multiple
+
+
 def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor | None, tuple[int, ...]]]:
     """The distinct sets of a batch, each with the indices of its samples; one set for all has the indices `None`."""
     samples = {}
@@ -1863,6 +1917,24 @@ def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor |
     if len(samples) == 1:
         return [(None, sets[0])]
     return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+
+
+def _keep_places(sets: list[tuple[int, ...]], num_groups: int) -> list[tuple[int, ...]]:
+    """Each set in an order in which as many groups as possible are at the place where the last cut set had them."""
+    num_uses = Counter(group for groups in sets for group in groups)
+    last, ordered = (), []
+    for groups in sets:
+        if len(groups) == num_groups:  # not cut, so in the layers' own order
+            ordered.append(groups)
+            continue
+        if set(groups) != set(last):
+            places = [group if group in groups else None for group in last[: len(groups)]]
+            places += [None] * (len(groups) - len(places))
+            # Of the others the one that is used most comes first: where sets shrink, the last places go.
+            others = iter(sorted(set(groups) - set(places), key=lambda group: (-num_uses[group], group)))
+            last = tuple(next(others) if group is None else group for group in places)
+        ordered.append(last)
+    return ordered
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -401,10 +401,9 @@ def test_plan_notices_adapters(peft, change):
     fresh.clear_plan()
     torch.testing.assert_close(after, run(fresh, arguments).sample, rtol=1e-4, atol=5e-4)
     torch.testing.assert_close(after, run(model, arguments).sample, **CLOSE)
-    entries = model._plan.packed_weights.entries.values()
-    packed = [tensor for entry in entries for tensor in entry.cut if tensor is not None]
-    packed = [tensor for tensor in packed if not isinstance(tensor, torch.nn.Parameter)]
-    held = sum(map(stored_bytes, (*packed, *model._plan.modulations)))
+    slots = model._plan.cut_weights.slots.values()
+    cut = [tensor for layer in slots for tensor in (layer.weight, layer.bias) if tensor is not None]
+    held = sum(map(stored_bytes, (*cut, *model._plan.modulations)))
     assert model.plan_bytes == held  # what was replaced is no longer counted
     is_merged = any(layer.merged for layer in lora_layers(model))
     assert ((after - before).abs().max() > 0.01) != is_merged
@@ -619,13 +618,13 @@ def test_layerwise_casting(monkeypatch):
         for _ in range(2):
             actual = run(model, arguments, output_masks=True)
             assert 0.2 < actual.compute_ratio.mean() < 0.9
-            assert torch.equal(actual.sample, run(rounded, arguments).sample)
+            torch.testing.assert_close(actual.sample, run(rounded, arguments).sample, rtol=0.05, atol=0.1)
             masked = run_masked(rounded, arguments, output_masks=True)
             assert torch.equal(actual.attn_masks, masked.attn_masks)
             # two orders of rounding to bfloat16, and tokens whose scores these move to the other side
             assert (actual.sample - masked.sample).float().abs().median() < 0.02 * masked.sample.float().std()
     if prepared:
-        assert model._plan.packed_weights.entries == {} and model._plan.modulations == []
+        assert model._plan.cut_weights.slots == {} and model._plan.modulations == []
     assert {name for name, value in model.state_dict().items() if value.dtype == torch.float8_e4m3fn} == stored
 
 
@@ -732,7 +731,7 @@ def test_caches_leave_the_plan_alone():
     model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
     with model.cache_context("cond"):
         run(model, arguments)
-    assert model._plan.modulations and model._plan.packed_weights.entries
+    assert model._plan.modulations and model._plan.cut_weights.slots
 
 
 # Offloading
@@ -752,7 +751,7 @@ def test_group_offload(options, router_mode, monkeypatch):
             model.prepare_timesteps(arguments["timestep"], arguments["class_labels"])
         for _ in range(2):
             torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
-    assert model._plan.packed_weights.entries == {}  # they would stay behind when the weights go
+    assert model._plan.cut_weights.slots == {}  # they would stay behind when the weights go
     assert forms_run(model, arguments, monkeypatch) == {"skipping"}
 
 
@@ -969,11 +968,13 @@ def test_compiled_blocks_whose_weights_come_and_go(compiler, tool, traced_calls)
             options = {"offload_type": "block_level", "num_blocks_per_group": 1}
         model.enable_group_offload(onload_device=torch.device("cpu"), **options)
     expected = run(model, arguments).sample
+    # Two calls may round to bfloat16 differently: where a tensor lies decides which kernel takes it.
+    close = {"rtol": 0.05, "atol": 0.1} if tool == "layerwise casting" else CLOSE
     model.compile(fullgraph=True, backend="eager")
     for prepared in (False, True):
         if prepared:
             model.prepare_timesteps(arguments["timestep"][:1], arguments["class_labels"])
-        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+        torch.testing.assert_close(run(model, arguments).sample, expected, **close)
     assert bool(traced_calls) == (tool == "block offload")
 
 

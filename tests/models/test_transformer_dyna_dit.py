@@ -26,14 +26,16 @@ from diffusers import AutoModel, DiTTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
 
 from diffusers_dyna import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel
+from diffusers_dyna.models import transformer_dyna_dit
 from diffusers_dyna.models.transformer_dyna_dit import (
     DynaDiTTransformer2DModelOutput,
     DynaLinear,
+    DynaMLP,
     DynaQKVLinear,
     _capacity_gates,
     _capacity_token_gates,
+    _keep_places,
     _linear,
-    _PackedWeights,
     _threshold_gates,
     round_to_nearest,
 )
@@ -799,8 +801,9 @@ def counted_macs(model, arguments: dict, **overrides) -> float:
 
 @pytest.mark.parametrize("router_mode", MODES)
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (4, 12)])
-def test_macs_are_those_of_the_flop_counter(router_mode, size):
-    """The complete model, a narrower one, and dynamic calls that really run less."""
+def test_macs_are_those_of_the_flop_counter(router_mode, size, monkeypatch):
+    """The complete model, a narrower one, and dynamic calls that really run less, but for what `_fill_up` adds."""
+    monkeypatch.setattr(transformer_dyna_dit, "_fill_up", lambda count, batch_size, device: count)
     config = {"router_mode": router_mode, "mlp_ratio": 3.0, "sample_size": size}
     arguments = dit_inputs(size=size)
     model = mixed_dyna_dit(arguments, **config)
@@ -945,8 +948,9 @@ def test_dyna_linear_is_slicing():
 def test_dyna_qkv_linear_is_slicing():
     torch.manual_seed(0)
     layer, x = DynaQKVLinear(12, 4), randn(5, 12)
-    rows = [s * 12 + 3 * g + i for s in range(3) for g in (0, 2, 3) for i in range(3)]
-    torch.testing.assert_close(layer(x, (0, 2, 3)), F.linear(x, layer.weight[rows], layer.bias[rows]))
+    rows = [s * 12 + 3 * g + i for g in (0, 3, 2) for s in range(3) for i in range(3)]
+    torch.testing.assert_close(layer(x, (0, 3, 2)), F.linear(x, layer.weight[rows], layer.bias[rows]))
+    torch.testing.assert_close(layer(x, (0, 1, 2, 3)), F.linear(x, layer.weight, layer.bias))
     layer.width_mult = 0.25
     rows = [s * 12 + i for s in range(3) for i in range(3)]
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight[rows], layer.bias[rows]))
@@ -1137,18 +1141,22 @@ def test_extreme_token_rates(rate_bias):
     assert (run_masked(model.train(), arguments, output_masks=True).token_masks[:, 1] == float(rate_bias > 0)).all()
 
 
+def cut_weights(model) -> list[torch.Tensor]:
+    slots = model._plan.cut_weights.slots.values()
+    return [tensor for layer in slots for tensor in (layer.weight, layer.bias) if tensor is not None]
+
+
 def test_plan_memory():
     """Nothing that was prepared outlives `clear_plan`, and nothing above the limit is kept."""
     arguments = dit_inputs(same_time=True)
     model = prepared(tiny_dyna_dit(), arguments)
     plan = model._plan
-    packed = [tensor for entry in plan.packed_weights.entries.values() for tensor in entry.cut if tensor is not None]
-    packed = [tensor for tensor in packed if not isinstance(tensor, torch.nn.Parameter)]
-    assert plan.modulations and packed
-    num_bytes = sum(map(stored_bytes, (*packed, *plan.modulations)))
-    assert plan.packed_weights.num_bytes == model.plan_bytes == num_bytes
-    references = [weakref.ref(tensor) for tensor in (*packed, *plan.modulations)] + [weakref.ref(plan)]
-    del plan, packed
+    cut = cut_weights(model)
+    assert plan.modulations and cut
+    num_bytes = sum(map(stored_bytes, (*cut, *plan.modulations)))
+    assert plan.cut_weights.num_bytes == model.plan_bytes == num_bytes
+    references = [weakref.ref(tensor) for tensor in (*cut, *plan.modulations)] + [weakref.ref(plan)]
+    del plan, cut
     model.clear_plan()
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
@@ -1159,78 +1167,116 @@ def test_plan_memory():
     modulations = 2 * 3 * 3 * 6 * 32 * 4  # timesteps, labels, layers
     for limit in (1, modulations - 1, modulations, modulations + 20000, 2 * num_bytes):
         prepared(model, arguments, max_plan_bytes=limit)
-        packed_weights = model._plan.packed_weights
-        assert packed_weights.num_bytes == model.plan_bytes <= limit
+        assert model._plan.cut_weights.num_bytes == model.plan_bytes <= limit
         assert bool(model._plan.modulations) == (limit >= modulations)
-        assert (packed_weights.num_bytes == num_bytes) == (limit == 2 * num_bytes)
+        assert (model.plan_bytes == num_bytes) == (limit == 2 * num_bytes)
+        assert bool(cut_weights(model)) == (limit not in (1, modulations))
         torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
 
 
-def test_plan_packs_each_set_once():
+def test_plan_copies_what_changes(monkeypatch):
+    """From step to step each layer copies the groups that come or move, and holds memory for its largest set."""
     arguments = dit_inputs(same_time=True)
     model = tiny_dyna_dit()
     times = torch.linspace(20, 980, 25)
+    expected = [run_masked(model, arguments, timestep=time, output_masks=True) for time in times]
     model.prepare_timesteps(times, arguments["class_labels"])
-    for _ in range(2):
-        for step, time in enumerate(times):
-            model.set_plan_step(step)
-            run(model, arguments, timestep=time)
-    entries = model._plan.packed_weights.entries
-    distinct = set()
-    for time in times:
-        output = run(model, arguments, timestep=time, output_masks=True)
-        for i, block in enumerate(model.transformer_blocks):
-            heads = tuple(output.attn_masks[0, i].nonzero()[:, 0].tolist())
-            groups = tuple(output.mlp_masks[0, i].nonzero()[:, 0].tolist())
-            distinct |= {(layer, heads) for layer in (block.attn.qkv, block.attn.to_out[0]) if len(heads) < 4}
-            distinct |= {(layer, groups) for layer in (block.mlp.fc1, block.mlp.fc2) if len(groups) < 4}
-    assert set(entries) == distinct and len(distinct) > 12
+    copied = collections.Counter()
+    cut = DynaLinear._cut
 
+    def counted_cut(layer, groups, *args):
+        copied[layer] += len(groups) if len(groups) < layer.num_heads else 0
+        return cut(layer, groups, *args)
 
-@pytest.mark.parametrize("min_uses", [2, 4])
-def test_plan_packs_what_is_used_often_enough(monkeypatch, min_uses):
-    monkeypatch.setattr(_PackedWeights, "MIN_USES", (2, min_uses))
-    arguments = dit_inputs(same_time=True)
-    model = tiny_dyna_dit()
-    times = torch.tensor([900.0, 333.25, 900.0, 20.0, 900.0, 333.25])
-    expected = [run(model, arguments, timestep=time, output_masks=True) for time in times]
-    uses = collections.Counter()
-    for output in expected:
-        for i, block in enumerate(model.transformer_blocks):
-            for layer, masks in (
-                (block.attn.qkv, output.attn_masks),
-                (block.attn.to_out[0], output.attn_masks),
-                (block.mlp.fc1, output.mlp_masks),
-                (block.mlp.fc2, output.mlp_masks),
-            ):
-                uses[layer, tuple(masks[0, i].nonzero()[:, 0].tolist())] += 1
-    model.prepare_timesteps(times, arguments["class_labels"])
+    monkeypatch.setattr(DynaLinear, "_cut", counted_cut)
+    last, most = {}, collections.Counter()
     for step, time in enumerate(times):
         model.set_plan_step(step)
-        torch.testing.assert_close(run(model, arguments, timestep=time).sample, expected[step].sample, **CLOSE)
-    packed = set(model._plan.packed_weights.entries)
-    assert packed == {key for key, count in uses.items() if count >= min_uses and len(key[1]) < 4}
-    assert 0 < len(packed) < len(uses)
+        for is_again in (False, True):
+            copied.clear()
+            output = run(model, arguments, timestep=time, output_masks=True)
+            torch.testing.assert_close(output.sample, expected[step].sample, **CLOSE)
+            for i, block in enumerate(model.transformer_blocks):
+                for layers, masks in (
+                    ((block.attn.qkv, block.attn.to_out[0]), output.attn_masks),
+                    ((block.mlp.fc1, block.mlp.fc2), output.mlp_masks),
+                ):
+                    groups = set(masks[0, i].nonzero()[:, 0].tolist())
+                    if len(groups) == 4:
+                        groups = set(last.get(layers, ()))
+                    before = set(last.get(layers, ()))
+                    # one that goes may leave a hole for the last one to fill
+                    bound = len(groups - before) + max(len(before) - len(groups), 0)
+                    assert all(copied[layer] <= (0 if is_again else bound) for layer in layers)
+                    last[layers] = groups
+                    for layer in layers:
+                        most[layer] = max(most[layer], len(groups))
+    assert len(most) == 12 and len({tuple(groups) for groups in last.values()}) > 1
+    for layer, slots in model._plan.cut_weights.slots.items():
+        assert len(slots.weight) == most[layer]
+        weight, bias = cut(layer, slots.groups, ())
+        assert torch.equal(slots.cut[0], weight) and torch.equal(slots.cut[1], bias)
+        assert (slots.cut[0] if layer.dyna_dim[1] else slots.cut[0].t()).is_contiguous()
 
 
-def test_plan_keeps_what_is_used_most():
-    """Within the limit: the sets of nine steps, not those of the one that comes first."""
+def test_keep_places():
+    """The same sets; who stays keeps the place, unless the set became too small for it."""
+    sets = [(0, 1, 2), (0, 2, 3), (0, 2), (0, 2, 3, 4), tuple(range(6)), (0, 2, 3, 4), (1, 4)]
+    ordered = _keep_places(sets, 6)
+    assert [tuple(sorted(groups)) for groups in ordered] == sets
+    assert ordered[4] == tuple(range(6))
+    kept = [groups for groups in ordered if len(groups) < 6]
+    for before, after in zip(kept, kept[1:], strict=False):
+        stayed = [place for place, group in enumerate(before) if group in after and place < len(after)]
+        assert [after[place] for place in stayed] == [before[place] for place in stayed]
+    assert kept[0][:2] == (2, 0) or kept[0][:2] == (0, 2)  # used most
+
+
+def test_plan_admits_the_first_layers():
+    """Each for the largest set of the trajectory, as many as the limit allows; the others are cut in the call."""
     arguments = dit_inputs(same_time=True)
     model = tiny_dyna_dit()
-    times = torch.tensor([900.0, *9 * [333.25]])
-    frequent = run(model, arguments, timestep=333.25, output_masks=True)
-    sets = set()
-    for i, block in enumerate(model.transformer_blocks):
-        heads, groups = (
-            tuple(masks[0, i].nonzero()[:, 0].tolist()) for masks in (frequent.attn_masks, frequent.mlp_masks)
-        )
-        sets |= {(layer, heads) for layer in (block.attn.qkv, block.attn.to_out[0])}
-        sets |= {(layer, groups) for layer in (block.mlp.fc1, block.mlp.fc2)}
-    sets = {(layer, groups) for layer, groups in sets if len(groups) < 4}
-    modulations = 10 * 3 * 3 * 6 * 32 * 4  # timesteps, labels, layers
-    limit = modulations + sum(layer.weight.nbytes * len(groups) // 4 for layer, groups in sets)
-    model.prepare_timesteps(times, arguments["class_labels"], max_plan_bytes=limit)
-    assert sets and model._plan.packed_weights.admitted == sets
+    times = torch.tensor([900.0, 333.25])
+    expected = [run_masked(model, arguments, timestep=time).sample for time in times]
+    model.prepare_timesteps(times, arguments["class_labels"])
+    everything = dict(model._plan.cut_weights.num_slots)
+    first = [layer for layer in everything if everything[layer]][:3]
+    modulations = 2 * 3 * 3 * 6 * 32 * 4  # timesteps, labels, layers
+    weights = 0
+    for layer in first:
+        whole = layer.weight.nbytes + (layer.bias.nbytes if layer.dyna_dim[1] else 0)
+        weights += whole * everything[layer] // 4
+    model.prepare_timesteps(times, arguments["class_labels"], max_plan_bytes=modulations + weights)
+    for step, time in enumerate(times):
+        model.set_plan_step(step)
+        torch.testing.assert_close(run(model, arguments, timestep=time).sample, expected[step], **CLOSE)
+    assert list(model._plan.cut_weights.slots) == first
+    assert model.plan_bytes == modulations + weights
+
+
+@pytest.mark.parametrize("router_mode", MODES)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_of_the_mlp(router_mode, batch_size, monkeypatch):
+    """On a CPU they are a multiple of 16, and what is made up leaves no trace."""
+    model = tiny_dyna_dit(sample_size=32, router_mode=router_mode)
+    inputs = {"hidden_states": randn(batch_size, 4, 32, 32, seed=1), "timestep": torch.tensor(400.0)}
+    rows = []
+
+    def forward(mlp, hidden_states, *args, **kwargs):
+        rows.append(hidden_states.numel() // hidden_states.shape[-1])
+        return original(mlp, hidden_states, *args, **kwargs)
+
+    original = DynaMLP.forward
+    expected = run_masked(model, inputs, output_masks=True)
+    monkeypatch.setattr(DynaMLP, "forward", forward)
+    actual = run(model, inputs, output_masks=True)
+    assert_same_masks(actual, expected)
+    torch.testing.assert_close(actual.sample, expected.sample, **CLOSE)
+    selected = [int(count) for count in actual.token_masks.sum(dim=(0, 2))]
+    images = batch_size if router_mode == "capacity" else 1  # where all images have the same count, each is filled up
+    filled = [images * (count // images + -(count // images) % 16) for count in selected]
+    assert [more if count >= 128 else count for count, more in zip(selected, filled, strict=True)] == rows
+    assert filled != selected
 
 
 # Products

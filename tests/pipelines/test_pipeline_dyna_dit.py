@@ -404,12 +404,13 @@ def test_trajectory_is_told_to_the_model(name, monkeypatch):
     for method in ("prepare_timesteps", "set_plan_step", "clear_plan"):
         record(monkeypatch, pipe.transformer, method, log)
     pipe.transformer.register_forward_pre_hook(lambda *args: log.append("call"))
-    draw(pipe, [2, 0], guidance_scale=2.0)
+    draw(pipe, [2, 0], guidance_scale=2.0, max_plan_bytes=12345)
 
-    method, (timesteps,), labels = log[0]
+    method, (timesteps,), options = log[0]
     assert method == "prepare_timesteps" and timesteps.dtype == torch.float32
     assert timesteps.tolist() == pipe.scheduler.timesteps.tolist()
-    assert list(labels) == ["class_labels"] and labels["class_labels"].tolist() == [2, 0, 3, 3]
+    assert list(options) == ["class_labels", "max_plan_bytes"]
+    assert options["class_labels"].tolist() == [2, 0, 3, 3] and options["max_plan_bytes"] == 12345
     steps = [entry for i in range(len(timesteps)) for entry in (("set_plan_step", (i,), {}), "call")]
     first = log.index(steps[0])
     assert log[first:] == [*steps, ("set_plan_step", (None,), {}), ("clear_plan", (), {})]
@@ -642,7 +643,7 @@ def test_unconditional_model(name, monkeypatch):
     calls = record_labels(pipe)
     images = draw(pipe, num_images_per_prompt=2, generator=generators(0, 1))
     assert images.shape == (2, 3, 8, 8) and images.std() > 0.05
-    assert calls == [None] * 3 and prepared[0][2] == {"class_labels": None}
+    assert calls == [None] * 3 and prepared[0][2]["class_labels"] is None
     assert_close(draw(pipe, generator=generators(1)), images[1:])
 
 
