@@ -4,7 +4,16 @@ from .scheduling_flow_match import (
     FlowMatchODESchedulerOutput,
     FlowMatchPath,
     FlowMatchPathCoefficients,
+    FlowMatchSDEScheduler,
+    FlowMatchSDESchedulerOutput,
 )
 
 
-__all__ = ["FlowMatchODEScheduler", "FlowMatchODESchedulerOutput", "FlowMatchPath", "FlowMatchPathCoefficients"]
+__all__ = [
+    "FlowMatchODEScheduler",
+    "FlowMatchODESchedulerOutput",
+    "FlowMatchPath",
+    "FlowMatchPathCoefficients",
+    "FlowMatchSDEScheduler",
+    "FlowMatchSDESchedulerOutput",
+]
