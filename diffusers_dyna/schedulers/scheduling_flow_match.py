@@ -867,6 +867,8 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
     Every D >= 0 has the same distributions at all sigma. A step of size h wants h D / b^2 below 2; "constant" near the
     data with a norm of order 1 is beyond it.
 
+    A pipeline that gives `step` no generator, as those of Stable Diffusion 3 and Flux, draws from torch's global one.
+
     The grid of N steps runs from 1 to `last_step_size`, from where one last step without noise goes to sigma = 0.
     `timesteps` has one entry a model call, as with the ODE: N for `solver` "euler" (Euler-Maruyama), 2N - 1 for "heun"
     (the trapezoidal rule with the noise of the step in its second stage: weak order 2).
