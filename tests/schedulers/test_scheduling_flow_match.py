@@ -488,6 +488,8 @@ def test_noise_keeps_the_dtype_and_rounds_once():
     sigma = torch.tensor([0.7453, 0.003, 0.999, 1.0]).reshape(4, 1, 1, 1)
     assert actual.dtype == torch.bfloat16
     assert torch.equal(actual, ((1 - sigma) * sample.float() + sigma * noise.float()).bfloat16())
+    row = scheduler.add_noise(sample[:1], noise[:1], 745.3)  # one time for all
+    assert torch.equal(row, actual[:1])
 
 
 def test_velocity_is_the_derivative_of_the_path():
