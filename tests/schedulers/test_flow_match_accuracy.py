@@ -329,3 +329,47 @@ def test_reverse_grid():
         torch.testing.assert_close(scheduler.sigmas, torch.tensor([0.001, 0.5, 1]))
     scheduler.set_timesteps(2)
     assert scheduler.sigmas.tolist() == [1, 0.5, 0]
+
+
+# What the multistep rules integrate exactly
+
+
+@pytest.mark.parametrize("solver, degree", [("ab2", 1), ("ab3", 2), ("abm3", 2), ("abm4", 3)])
+def test_adams_rules_integrate_polynomials(solver, degree):
+    """A velocity that is a polynomial in sigma, on an uneven grid: exact from the call on that completes it."""
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.6, 0.5, 0.3, 0.1])
+    errors = []
+    for power in (degree, degree + 1):
+        scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.6, 0.5, 0.3, 0.1])
+        start = torch.ones(2, dtype=torch.float64)
+        end = integrate(scheduler, start, lambda x, sigma, power=power: torch.full_like(x, sigma**power))
+        errors.append((end - (1 - 1 / (power + 1))).abs().max().item())
+    assert errors[0] < 1e-7 < 1e-4 < errors[1]
+
+
+def test_correction_makes_the_error_smaller():
+    """Of a cubic velocity, Adams-Bashforth of order 3 leaves 3/8 h^4 in a step, Adams-Moulton 1/24 h^4."""
+    errors = []
+    for solver in ("ab3", "abm3"):
+        scheduler = FlowMatchODEScheduler(solver=solver)
+        scheduler.set_timesteps(200)
+        end = integrate(scheduler, torch.ones(1, dtype=torch.float64), lambda x, sigma: torch.full_like(x, sigma**3))
+        errors.append(abs(end.item() - 0.75))
+    assert errors[0] / errors[1] == pytest.approx(9, abs=1)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("sigma_min", [0.2, None])
+def test_multistep_integrates_polynomials_of_the_data(order, sigma_min):
+    """With data = sum of c_k sigma^k, x = sigma (x(1) + integral of data d((1 - sigma) / sigma)) on "linear"."""
+    coefficients, end = [0.3, -0.8, 0.5][:order], sigma_min or 0.0
+    scheduler = FlowMatchODEScheduler(
+        solver="multistep", solver_order=order, prediction_type="sample", sigma_min=sigma_min
+    )
+    scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.6, 0.5, 0.3])
+    data = lambda x, sigma: torch.full_like(x, sum(c * sigma**k for k, c in enumerate(coefficients)))  # noqa: E731
+    actual = integrate(scheduler, torch.ones(1, dtype=torch.float64), data)
+    constant, linear, quadratic = [*coefficients, 0][:3]
+    expected = end + constant * (1 - end) - (linear * end * math.log(end) if end else 0) + quadratic * end * (1 - end)
+    assert actual.item() == pytest.approx(expected, abs=1e-6)
