@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`FlowMatchSDEScheduler` against exact samples, and against the moments of a Gaussian, which it maps linearly."""
 
+import inspect
 import json
 import math
 
@@ -284,6 +285,87 @@ def test_tuple_is_the_output_class(solver):
             sample = output[0]
         results.append(sample)
     assert torch.equal(*results)
+
+
+def test_public_attributes():
+    scheduler, sample = FlowMatchSDEScheduler(), randn(2, 3)
+    assert (scheduler.init_noise_sigma, scheduler.order, len(scheduler)) == (1.0, 1, 1000)
+    assert scheduler.step_index is None and scheduler.begin_index is None and scheduler.has_compatibles
+    assert scheduler.scale_model_input(sample, 1.0) is sample
+    torch.testing.assert_close(scheduler.add_noise(sample, 2 * sample, torch.tensor([500.0, 1000.0])),
+                               torch.stack([1.5 * sample[0], 2 * sample[1]]))  # fmt: skip
+    parameters = list(inspect.signature(FlowMatchSDEScheduler.__init__).parameters.values())[1:]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("shape", [(1,), (2, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)])
+def test_full_loop_keeps_shape_inputs_and_place(solver, shape):
+    scheduler, sample = FlowMatchSDEScheduler(solver=solver), randn(*shape)
+    ends = []
+    for _ in range(2):  # the second trajectory forgets the first
+        scheduler.set_timesteps(5)
+        ends.append(integrate(scheduler, sample, lambda x, sigma: x * sigma, torch.Generator().manual_seed(0)))
+        assert ends[-1].shape == shape and scheduler.step_index == len(scheduler.timesteps)
+        scheduler.set_timesteps(3)
+        for timestep in scheduler.timesteps[:2]:
+            scheduler.step(sample, timestep, sample)
+    assert torch.equal(*ends) and torch.equal(sample, randn(*shape))
+    scheduler.step(sample, scheduler.timesteps[2], sample)
+    for timestep in scheduler.timesteps[3:]:
+        scheduler.step(sample, timestep, sample)
+    with pytest.raises(ValueError, match="calls of this trajectory are done"):
+        scheduler.step(sample, 40.0, sample)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_start_in_the_middle(solver):
+    """Image-to-image: exact samples noised to a time of the grid come out as exact samples."""
+    data = Gaussian()
+    scheduler = FlowMatchSDEScheduler(solver=solver, last_step="tweedie")
+    scheduler.set_timesteps(60)
+    begin = 30 * scheduler.order
+    noise, generator = start((8000, 1))
+    image = data.sample(8000, generator)
+    sample = scheduler.scale_noise(image, scheduler.timesteps[begin], noise)
+    scheduler.set_begin_index(begin)
+    for timestep in scheduler.timesteps[begin:]:
+        output = data.velocity(sample, timestep.item() / 1000)
+        sample = scheduler.step(output, timestep, sample, generator=generator).prev_sample
+    assert kolmogorov_smirnov(sample, data.mean, data.deviation) < 0.03
+    assert torch.corrcoef(torch.stack([sample, image]).squeeze(-1))[0, 1] < 0.99  # and are not the same ones
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "score", "sample"])
+@pytest.mark.parametrize("path", PATHS)
+def test_every_prediction_type_is_the_same_sde(prediction_type, path):
+    mixture, _ = reference_mixture(path)
+
+    def prediction(sample, sigma):
+        return mixture.path.convert(mixture.velocity(sample, sigma), sample, sigma, "velocity", prediction_type)
+
+    ends = []
+    for kind, model in ((prediction_type, prediction), ("velocity", mixture.velocity)):
+        scheduler = FlowMatchSDEScheduler(path=path, prediction_type=kind, solver="heun")
+        scheduler.set_timesteps(sigmas=[0.99, 0.6, 0.3, 0.1])
+        noise, generator = start((8, 6))
+        ends.append(integrate(scheduler, noise, model, generator))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-4)  # the times of the model are float32
+
+
+def test_inverted_time_is_the_same_sde():
+    mixture, _ = reference_mixture()
+    ends = []
+    for invert in (False, True):
+        scheduler = FlowMatchSDEScheduler(invert_sigmas=invert, solver="heun")
+        scheduler.set_timesteps(6)
+
+        def velocity(sample, time, invert=invert):
+            return -mixture.velocity(sample, 1 - time) if invert else mixture.velocity(sample, time)
+
+        noise, generator = start((8, 6))
+        ends.append(integrate(scheduler, noise, velocity, generator))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
 
 
 def test_configs_of_other_schedulers():
