@@ -641,9 +641,10 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
         solver_order (`int`, defaults to `2`): order of "multistep", 2 or 3.
         prediction_type (`str`, defaults to `"velocity"`):
             What the model predicts: `"velocity"`, `"epsilon"` (the noise), `"score"` or `"sample"` (the data). From
-            noise or score at sigma = 1 of "linear" and "gvp" no velocity follows, so such a grid starts at 0.999.
+            noise or score at sigma = 1 of "linear" and "gvp" no velocity follows, so such a grid starts at 0.999 where
+            it would start at 1. Near there the velocity has the error of the prediction times 1 / a: prefer "velocity".
         sigma_min (`float`, *optional*):
-            Where the grid ends, in [0, 1). None stands for 0, on every path.
+            Where the grid ends, in [0, 1). None stands for 0, on every path: only a call at sigma = 0 would need more.
         shift_terminal (`float`, *optional*): stretches the shifted grid such that its last step starts here.
         use_karras_sigmas (`bool`, defaults to `False`): Karras spacing between the ends of the shifted grid.
         use_exponential_sigmas (`bool`, defaults to `False`): the same with even steps of log(sigma).

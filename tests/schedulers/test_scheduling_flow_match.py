@@ -15,7 +15,7 @@ import torch
 
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from diffusers_dyna import FlowMatchODEScheduler
+from diffusers_dyna import FlowMatchODEScheduler, FlowMatchSDEScheduler
 from diffusers_dyna.schedulers import FlowMatchODESchedulerOutput
 
 from ..testing_utils import logged_warnings, randn
@@ -816,3 +816,22 @@ def test_grid_that_does_not_fall_to_its_end():
 def test_begin_index_below_zero():
     with pytest.raises(ValueError, match="`begin_index`=-1 must be an index into `timesteps`"):
         FlowMatchODEScheduler().set_begin_index(-1)
+
+
+# Where the tensors are
+
+
+@pytest.mark.parametrize("prediction_type", ["velocity", "epsilon"])
+@pytest.mark.parametrize(
+    "cls, solver", [*((FlowMatchODEScheduler, s) for s in SOLVERS), (FlowMatchSDEScheduler, "heun")]
+)
+def test_loop_reads_nothing_from_the_device(cls, solver, prediction_type):
+    """A tensor on the meta device has no values: reading one, for which a GPU would be waited for, is an error."""
+    scheduler = cls(solver=solver, prediction_type=prediction_type, path="gvp")
+    scheduler.set_timesteps(4, device="meta")
+    scheduler.set_begin_index(0)
+    sample = torch.empty(SHAPE, dtype=torch.bfloat16, device="meta")
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(torch.empty_like(sample), timestep, sample).prev_sample
+        assert sample.device.type == "meta" and sample.dtype == torch.bfloat16
+    assert scheduler.sigmas.device.type == "cpu"
