@@ -53,7 +53,13 @@ def test_public_names_exist(name):
 
 
 def test_public_classes_are_those_of_the_subpackages():
-    for name in ("DynaUNet2DModel", "DynaUNetPipeline", "FlowMatchODEScheduler"):
+    for name in (
+        "DynaUNet2DModel",
+        "DynaUNetPipeline",
+        "FlowMatchODEScheduler",
+        "FlowMatchSDEScheduler",
+        "FlowMatchPath",
+    ):
         assert name in diffusers_dyna.__all__
     for subpackage in ("models", "pipelines", "schedulers"):
         module = importlib.import_module(f"diffusers_dyna.{subpackage}")

@@ -125,7 +125,8 @@ def training_target(
     scheduler: SchedulerMixin, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """
-    What the model should predict: the noise (epsilon prediction) or the velocity of the scheduler's path.
+    What the model should predict: for a scheduler of this package what its `prediction_type` says, for one of
+    diffusers the noise (epsilon prediction) or the velocity.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]): from [`make_training_scheduler`].
@@ -136,9 +137,9 @@ def training_target(
     Returns:
         `torch.Tensor` with the shape of `sample`.
     """
-    if scheduler.config.get("prediction_type") == "epsilon":
-        return noise
-    return scheduler.get_velocity(sample, noise, timesteps)
+    if hasattr(scheduler, "get_target"):
+        return scheduler.get_target(sample, noise, timesteps)
+    return noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(sample, noise, timesteps)
 
 
 def variational_bound(
