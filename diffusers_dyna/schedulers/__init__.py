@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+from .flow_integration import FlowIntegrationOutput, FlowLikelihoodOutput, flow_log_likelihood, integrate_flow
 from .scheduling_flow_match import FlowMatchODEScheduler, FlowMatchODESchedulerOutput
 
 
-__all__ = ["FlowMatchODEScheduler", "FlowMatchODESchedulerOutput"]
+__all__ = [
+    "FlowIntegrationOutput",
+    "FlowLikelihoodOutput",
+    "FlowMatchODEScheduler",
+    "FlowMatchODESchedulerOutput",
+    "flow_log_likelihood",
+    "integrate_flow",
+]
