@@ -96,9 +96,10 @@ def integrate_flow(
         `FloatingPointError`: where the velocity is not finite.
         `ImportError`: where torchdiffeq is missing.
     """
+    dtype = _state_dtype(sample)
     (state,), nfe = _integrate(
         lambda state, timestep: (model_fn(state.to(sample.dtype), timestep),),
-        (sample.to(_state_dtype(sample)),),
+        (sample.to(dtype),),
         sample.shape,
         rtol,
         atol,
