@@ -38,7 +38,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
@@ -351,7 +350,7 @@ def main(args: argparse.Namespace) -> None:
                     prediction, variance = output.sample.float(), None
                     if args.learn_sigma:
                         prediction, variance = prediction.chunk(2, dim=1)
-                    loss = F.mse_loss(prediction, batch.target.float())
+                    loss = objectives.mse_loss(prediction, batch.target, batch.loss_weights)
                     if args.learn_sigma:
                         loss = loss + objectives.variational_bound(
                             scheduler, prediction.detach(), variance, batch.sample, batch.noisy_sample, batch.timesteps

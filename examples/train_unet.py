@@ -36,7 +36,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from accelerate.utils import set_seed
 
@@ -160,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
                     batch.class_labels,
                     class_dropout_mask=batch.class_dropout_mask,
                 ).sample
-                loss = F.mse_loss(prediction.float(), batch.target.float())
+                loss = objectives.mse_loss(prediction, batch.target, batch.loss_weights)
                 accelerator.backward(loss)
                 loss_sum += loss.detach()
                 run.optimizer_step(step)

@@ -281,6 +281,20 @@ class TestResume:
         run(output_dir, resume_from_checkpoint="latest", **options)
         assert_same_run(tmp_path / "whole", output_dir, 40)
 
+    def test_other_times_weights_and_pairs(self, run_here, tmp_path):
+        """The weights count in both of the losses, of the dynamic and of the complete model."""
+        options = {"time_sampling": "mode", "time_shift": 2.0, "weighting_scheme": "min_snr", "coupling": "ot"}
+        options |= {"complete_loss_steps": 20, "num_validation_images": 0, "gradient_accumulation_steps": 2}
+        run_here(tmp_path / "whole", max_train_steps=30, **options)
+        run_here(tmp_path / "parts", max_train_steps=10, **options)
+        run_here(tmp_path / "parts", max_train_steps=30, resume_from_checkpoint="latest", **options)
+        assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
+        losses = [line["diffusion_loss"] for line in read_log(tmp_path / "whole")]
+        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+        # At the start, both are the same model at a budget of 1.
+        first = read_log(tmp_path / "whole")[0]
+        assert first["loss"] == pytest.approx(2 * first["diffusion_loss"], rel=1e-4)
+
     def test_sorting_happens_once(self, run_here, static_run, dynamic_run, tmp_path):
         """A run that goes on has its routers trained: sorting again would be refused, or worse."""
         options = {"pretrained_model_name_or_path": static_run, "sort_by_importance": True, "num_validation_images": 0}

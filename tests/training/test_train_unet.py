@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +43,14 @@ TINY = {
     "validation_inference_steps": 2,
     "report_to": "none",
 }
+
+
+RECIPES = (
+    {"time_sampling": "mode", "time_shift": 3.0, "weighting_scheme": "cosmap"},
+    {"time_sampling": "cosmap", "coupling": "ot", "weighting_scheme": "min_snr"},
+    {"time_sampling": "logit_normal", "weighting_scheme": "sigma_sqrt", "unconditional": True, "coupling": "ot"},
+    {"objective": "epsilon", "weighting_scheme": "min_snr", "snr_gamma": 1.0},
+)
 
 
 def command(output_dir, processes=1, **options):
@@ -374,6 +381,31 @@ class TestForms:
         run_here(tmp_path / "parts", max_train_steps=12, resume_from_checkpoint="latest", **options)
         assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
 
+    @pytest.mark.parametrize("options", RECIPES, ids=lambda options: "-".join(map(str, options.values())))
+    def test_other_times_weights_and_pairs_train_and_resume(self, run_here, tmp_path, options):
+        options = {**options, "lr_scheduler": "constant", "num_validation_images": 0, "checkpointing_steps": 10}
+        run_here(tmp_path / "whole", max_train_steps=40, **options)
+        run_here(tmp_path / "parts", max_train_steps=10, **options)
+        run_here(tmp_path / "parts", max_train_steps=40, resume_from_checkpoint="latest", **options)
+        name = "checkpoint-40/unet/diffusion_pytorch_model.safetensors"
+        assert filecmp.cmp(tmp_path / "whole" / name, tmp_path / "parts" / name, shallow=False)
+        losses = [line["loss"] for line in read_log(tmp_path / "whole")]
+        assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+
+    def test_pairs_depend_on_the_micro_batch_and_on_nothing_else(self, run_here, tmp_path):
+        options = {"coupling": "ot", "dropout": 0.0, "lr_scheduler": "constant", "num_validation_images": 0}
+        run_here(tmp_path / "one", max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=8, **options)
+        run_here(tmp_path / "none", max_train_steps=3, train_batch_size=16, **{**options, "coupling": "independent"})
+        losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "none")]
+        assert np.max(np.abs(np.subtract(*losses))) > 1e-3  # the pairs are others
+        run(tmp_path / "two", 2, max_train_steps=3, train_batch_size=8, **options)
+        losses[1] = [line["loss"] for line in read_log(tmp_path / "two")]
+        np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
+        with pytest.raises(ValueError, match="train_batch_size: 8 in the checkpoint, 16 now"):
+            run_here(
+                tmp_path / "one", max_train_steps=4, train_batch_size=16, resume_from_checkpoint="latest", **options
+            )
+
     def test_weights_to_start_from(self, script, run_here, whole_run, tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match="`--base_channels`, .* and `--pretrained_model_name_or_path` both define"
@@ -397,12 +429,12 @@ class TestForms:
     def test_a_step_that_is_not_finite_is_skipped(self, script, run_here, tmp_path, monkeypatch):
         losses = []
 
-        def mse_loss(prediction, target):
+        def mse_loss(prediction, target, weights):
             losses.append(0)
             return torch.nn.functional.mse_loss(prediction, target) * (float("nan") if len(losses) == 2 else 1.0)
 
         options = {"num_validation_images": 0, "lr_scheduler": "constant", "checkpointing_steps": 1}
-        monkeypatch.setattr(script, "F", types.SimpleNamespace(mse_loss=mse_loss))
+        monkeypatch.setattr(script.objectives, "mse_loss", mse_loss)
         run_here(tmp_path / "run", max_train_steps=3, **options)
         assert [line["nonfinite_steps"] for line in read_log(tmp_path / "run")] == [0, 1, 1]
         assert read_log(tmp_path / "run")[1]["loss"] is None
@@ -448,6 +480,16 @@ class TestBadInput:
             (["--train_data_dir", "missing"], "`--train_data_dir` missing is not a folder"),
             (["--dataset", "imagenet"], "argument --dataset: invalid choice: 'imagenet'"),
             (["--objective", "score"], "argument --objective: invalid choice: 'score'"),
+            (["--time_sampling", "beta"], "argument --time_sampling: invalid choice: 'beta'"),
+            (["--mode_scale", "1.8"], "`--mode_scale` 1.8 must be in [-1, 2 / (pi - 2) = 1.7519]"),
+            (["--time_shift", "0"], "`--time_shift` 0.0 must be above 0"),
+            (["--snr_gamma", "-1"], "`--snr_gamma` -1.0 must be above 0"),
+            (["--weighting_scheme", "mode"], "argument --weighting_scheme: invalid choice: 'mode'"),
+            (
+                ["--objective", "epsilon", "--weighting_scheme", "sigma_sqrt"],
+                "`--weighting_scheme sigma_sqrt` is for `--objective flow`. For the noise of DDPM use min_snr or none",
+            ),
+            (["--objective", "epsilon", "--coupling", "ot"], "`--coupling ot` is for `--objective flow`: DDPM's"),
             (["--lr_scheduler", "step"], "argument --lr_scheduler: invalid choice: 'step'"),
         ],
     )
@@ -456,6 +498,12 @@ class TestBadInput:
             script.parse_args(words)
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
+
+    def test_pairs_without_scipy(self, script, capsys, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit):
+            script.parse_args(["--coupling", "ot", "--report_to", "none"])
+        assert "`--coupling ot` needs scipy: `pip install scipy`" in capsys.readouterr().err
 
     def test_publishing_without_a_token(self, script, capsys, monkeypatch, tmp_path):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
