@@ -289,11 +289,13 @@ class TestResume:
         run_here(tmp_path / "parts", max_train_steps=10, **options)
         run_here(tmp_path / "parts", max_train_steps=30, resume_from_checkpoint="latest", **options)
         assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
-        losses = [line["diffusion_loss"] for line in read_log(tmp_path / "whole")]
-        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-        # At the start, both are the same model at a budget of 1.
-        first = read_log(tmp_path / "whole")[0]
+        first = read_log(tmp_path / "whole")[0]  # both are the same model still, at a budget of 1
         assert first["loss"] == pytest.approx(2 * first["diffusion_loss"], rel=1e-4)
+        options |= {"static": True, "complete_loss_steps": 0, "learning_rate": 3e-3}
+        run_here(tmp_path / "static", max_train_steps=40, **options)
+        losses = [line["loss"] for line in read_log(tmp_path / "static")]
+        assert losses[0] == pytest.approx(first["diffusion_loss"], rel=1e-4)
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
     def test_sorting_happens_once(self, run_here, static_run, dynamic_run, tmp_path):
         """A run that goes on has its routers trained: sorting again would be refused, or worse."""
