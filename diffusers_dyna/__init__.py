@@ -11,7 +11,7 @@ from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
 from .pipelines import DynaDiTPipeline, DynaUNetPipeline
-from .schedulers import FlowMatchODEScheduler, flow_log_likelihood, integrate_flow
+from .schedulers import FlowMatchODEScheduler, FlowMatchPath, flow_log_likelihood, integrate_flow
 
 
 __version__ = "0.1.0.dev0"
@@ -22,6 +22,7 @@ __all__ = [
     "DynaUNet2DModel",
     "DynaUNetPipeline",
     "FlowMatchODEScheduler",
+    "FlowMatchPath",
     "flow_log_likelihood",
     "integrate_flow",
 ]

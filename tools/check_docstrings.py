@@ -10,7 +10,7 @@ every parameter, in order, as
 
     name (`type`, *optional*, defaults to `value`): text
 
-where a `value` that is a literal is the signature's. The parameters of `__init__`, or the fields of a dataclass, are
+where a `value` that is a literal is the signature's. The parameters of `__init__`, or the fields of a dataclass or named tuple, are
 documented in the docstring of the class. Prints `file:line: message` for each fault; the exit status is 1 if there is
 one.
 """
@@ -62,8 +62,9 @@ def parameters_of(function: ast.FunctionDef, is_method: bool) -> dict[str, ast.e
 
 
 def fields_of(class_def: ast.ClassDef) -> dict[str, ast.expr | object]:
-    """The fields of a dataclass with their defaults; nothing for another class."""
-    if not any("dataclass" in ast.unparse(decorator) for decorator in class_def.decorator_list):
+    """The fields of a dataclass or named tuple with their defaults; nothing for another class."""
+    kinds = (ast.unparse(node) for node in class_def.decorator_list + class_def.bases)
+    if not any("dataclass" in kind or "NamedTuple" in kind for kind in kinds):
         return {}
     fields = [node for node in class_def.body if isinstance(node, ast.AnnAssign)]
     return {field.target.id: field.value or REQUIRED for field in fields}

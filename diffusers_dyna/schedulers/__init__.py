@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from .flow_integration import FlowIntegrationOutput, FlowLikelihoodOutput, flow_log_likelihood, integrate_flow
-from .scheduling_flow_match import FlowMatchODEScheduler, FlowMatchODESchedulerOutput
+from .scheduling_flow_match import (
+    FlowMatchODEScheduler,
+    FlowMatchODESchedulerOutput,
+    FlowMatchPath,
+    FlowMatchPathCoefficients,
+)
 
 
 __all__ = [
@@ -8,6 +13,8 @@ __all__ = [
     "FlowLikelihoodOutput",
     "FlowMatchODEScheduler",
     "FlowMatchODESchedulerOutput",
+    "FlowMatchPath",
+    "FlowMatchPathCoefficients",
     "flow_log_likelihood",
     "integrate_flow",
 ]

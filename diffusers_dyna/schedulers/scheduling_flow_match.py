@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow-matching schedulers, in one file that also works when copied alone into a Hub repository."""
+"""
+Flow-matching paths and schedulers, in one file that also works when copied alone into a Hub repository.
 
+A path mixes data x0 and noise eps to x = a(sigma) x0 + b(sigma) eps, sigma = 0 is data and sigma = 1 is noise. The
+schedulers integrate what a model predicts about x back to data: [`FlowMatchODEScheduler`] draws nothing,
+[`FlowMatchSDEScheduler`] draws noise on the way.
+"""
+
+import importlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,18 +20,200 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 
-PATHS = ("linear",)
+PATHS = ("linear", "gvp", "vp")
+PREDICTION_TYPES = ("velocity", "epsilon", "score", "sample")
+GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 # What a config of diffusers' flow-matching schedulers can ask for and these do not do: an error, not another picture.
-UNSUPPORTED_KEYS = (
-    "invert_sigmas",
-    "shift_terminal",
-    "stochastic_sampling",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-)
-# Model calls of one step. Only the last step of a multi-stage solver may use fewer: see `FlowMatchODEScheduler`.
-SOLVER_STAGES = {"euler": 1, "heun": 2}
+UNSUPPORTED_KEYS = ("stochastic_sampling",)
+# How far a grid stays from sigma = 0 or 1 where a coefficient is not finite there; 1e-3 as in SiT.
+EDGE = 1e-3
+
+# Explicit Runge-Kutta methods. Each row makes the input of the next model call, the last row the result of the step:
+# its start plus the step size times the weighted velocities of the calls so far. The sums of the rows are the times of
+# the calls, in steps.
+RUNGE_KUTTA = {
+    "euler": ((1.0,),),
+    "heun": ((1.0,), (1 / 2, 1 / 2)),
+    "midpoint": ((1 / 2,), (0.0, 1.0)),
+    "rk4": ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),  # Kutta's 3/8 rule
+}
+# The step to sigma = 0 in the place of a rule with a call at its end: one order less, which in a single step does not
+# lower the order of the trajectory, and no call at sigma = 0. For "rk4" it is Heun's third-order rule.
+FINAL_STEP = {"heun": RUNGE_KUTTA["euler"], "rk4": ((1 / 3,), (0.0, 2 / 3), (1 / 4, 0.0, 3 / 4))}
+ADAMS_BASHFORTH = {"ab2": 2, "ab3": 3}  # solver to order
+ODE_SOLVERS = (*RUNGE_KUTTA, *ADAMS_BASHFORTH, "multistep")
+SDE_SOLVERS = ("euler", "heun")
+DIFFUSION_FORMS = ("constant", "sigma", "linear", "decreasing", "increasing-decreasing", "sbdm")
+LAST_STEPS = ("none", "mean", "tweedie", "euler")
+
+# Nodes and weights on [0, 1] of the Gauss-Legendre rule for the weights of "multistep".
+_NODES, _WEIGHTS = ((x + shift) / 2 for x, shift in zip(np.polynomial.legendre.leggauss(64), (1, 0)))
+
+
+def _check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}`={value!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
+
+
+class FlowMatchPathCoefficients(NamedTuple):
+    """
+    A [`FlowMatchPath`] at some noise levels, float64.
+
+    Args:
+        a (`torch.Tensor`): factor of the data.
+        b (`torch.Tensor`): factor of the noise.
+        da (`torch.Tensor`): derivative of `a` with respect to sigma.
+        db (`torch.Tensor`): derivative of `b`; infinite at sigma = 0 of the path "vp".
+        b_db (`torch.Tensor`): `b * db`, finite everywhere.
+        det (`torch.Tensor`): `a * db - b * da`; infinite where `db` is.
+        db_det (`torch.Tensor`): `db / det`, finite everywhere.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    da: torch.Tensor
+    db: torch.Tensor
+    b_db: torch.Tensor
+    det: torch.Tensor
+    db_det: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FlowMatchPath:
+    r"""
+    The path x = a(sigma) * data + b(sigma) * noise from data (sigma = 0) to noise (sigma = 1), and what follows from
+    it by algebra.
+
+    | `name` | a | b |
+    |---|---|---|
+    | `"linear"` ([arXiv 2209.03003](https://huggingface.co/papers/2209.03003)) | 1 - sigma | sigma |
+    | `"gvp"` ([arXiv 2303.08797](https://huggingface.co/papers/2303.08797)) | cos(pi sigma / 2) | sin(pi sigma / 2) |
+    | `"vp"` ([arXiv 2011.13456](https://huggingface.co/papers/2011.13456), beta from 0.1 to 20) | exp(-19.9 sigma^2 / 4 - 0.1 sigma / 2) | sqrt(1 - a^2) |
+
+    [SiT](https://huggingface.co/papers/2401.08740) has the same paths in t = 1 - sigma, with velocities of the
+    opposite sign.
+
+    Args:
+        name (`str`, defaults to `"linear"`): `"linear"`, `"gvp"` or `"vp"`.
+
+    Raises:
+        `ValueError`: on an unknown name.
+    """
+
+    name: str = "linear"
+
+    def __post_init__(self):
+        _check_choice("path", self.name, PATHS)
+
+    def coefficients(self, sigma: float | torch.Tensor) -> FlowMatchPathCoefficients:
+        """
+        The factors of data and noise and their derivatives, in forms that lose no digits near either end.
+
+        Args:
+            sigma (`float` or `torch.Tensor`): noise levels in [0, 1].
+
+        Returns:
+            [`FlowMatchPathCoefficients`] of float64 tensors with the shape of `sigma`.
+        """
+        sigma = sigma if torch.is_tensor(sigma) else torch.tensor(sigma, dtype=torch.float64)
+        s = sigma.to("cpu" if sigma.device.type == "mps" else sigma.device, torch.float64)  # MPS has no float64
+        one = torch.ones_like(s)
+        if self.name == "linear":
+            return FlowMatchPathCoefficients(1 - s, s, -one, one, s, one, one)
+        if self.name == "gvp":
+            # cos(pi s / 2) is 6e-17 at s = 1, this is 0
+            a, b, rate = torch.sin((1 - s) * (math.pi / 2)), torch.sin(s * (math.pi / 2)), math.pi / 2
+            return FlowMatchPathCoefficients(a, b, -rate * b, rate * a, rate * a * b, rate * one, a)
+        log_a, d_log_a = -s * s * (19.9 / 4) - s * (0.1 / 2), -s * (19.9 / 2) - 0.1 / 2
+        a, b = torch.exp(log_a), torch.sqrt(-torch.expm1(2 * log_a))
+        da, b_db = a * d_log_a, -a * a * d_log_a
+        return FlowMatchPathCoefficients(a, b, da, b_db / b, b_db, -da / b, a)
+
+    def _factors(self, sigma: float | torch.Tensor, sample: torch.Tensor) -> FlowMatchPathCoefficients:
+        """The coefficients such that they multiply rows of `sample` and leave its precision as it is."""
+        coefficients = self.coefficients(sigma)
+        if coefficients.a.ndim == 0:
+            return coefficients
+        dtype, shape = torch.promote_types(sample.dtype, torch.float32), (-1, *[1] * (sample.ndim - 1))
+        return FlowMatchPathCoefficients(*(value.reshape(shape).to(sample.device, dtype) for value in coefficients))
+
+    def interpolate(self, sample: torch.Tensor, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """
+        The point a * sample + b * noise.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): data.
+            noise (`torch.Tensor` with the shape of `sample`): standard normal noise.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): noise levels in [0, 1].
+
+        Returns:
+            `torch.Tensor` with the shape of `sample`.
+        """
+        c = self._factors(sigma, sample)
+        return c.a * sample + c.b * noise
+
+    def velocity(self, sample: torch.Tensor, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """
+        The derivative of [`interpolate`] with respect to sigma; on "linear", `noise - sample`.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): data.
+            noise (`torch.Tensor` with the shape of `sample`): standard normal noise.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`):
+                Noise levels in [0, 1]; not 0 on "vp", where the derivative is infinite.
+
+        Returns:
+            `torch.Tensor` with the shape of `sample`.
+        """
+        c = self._factors(sigma, sample)
+        return c.da * sample + c.db * noise
+
+    def convert(
+        self, prediction: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor, source: str, target: str
+    ) -> torch.Tensor:
+        """
+        Turns one kind of prediction at the point x into another: with the data x0 and the noise eps that it stands
+        for, x = a x0 + b eps, velocity = a' x0 + b' eps and score = -eps / b.
+
+        From velocity, everything is finite at every sigma but the score at sigma = 0 of "linear" and "gvp". From
+        noise or score, data and velocity are not known where a = 0 (sigma = 1 of "linear" and "gvp"); from data, the
+        rest is not known at sigma = 0; from noise, the velocity is not known at sigma = 0 of "vp".
+
+        Args:
+            prediction (`torch.Tensor` of shape `(batch_size, ...)`): what the model predicts.
+            sample (`torch.Tensor` with the shape of `prediction`): the point x, which the model was given.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): noise levels of x in [0, 1].
+            source (`str`): what `prediction` is: `"velocity"`, `"epsilon"` (noise), `"score"` or `"sample"` (data).
+            target (`str`): what it is turned into, one of the same.
+
+        Returns:
+            `torch.Tensor` with the shape of `prediction`; infinite or nan where the result is not known.
+
+        Raises:
+            `ValueError`: on an unknown `source` or `target`.
+        """
+        _check_choice("source", source, PREDICTION_TYPES)
+        _check_choice("target", target, PREDICTION_TYPES)
+        if source == target:
+            return prediction
+        c = self._factors(sigma, sample)
+        if source == "velocity":
+            if target == "sample":
+                return c.db_det * sample - (c.b / c.det) * prediction
+            scale = c.det if target == "epsilon" else c.b * c.b * c.da - c.a * c.b_db  # the latter is -b * det
+            return (c.a / scale) * prediction - (c.da / scale) * sample
+        if source == "sample":
+            data, noise = prediction, (sample - c.a * prediction) / c.b
+        else:
+            noise = prediction if source == "epsilon" else -c.b * prediction
+            data = (sample - c.b * noise) / c.a
+        if target == "sample":
+            return data
+        if target == "epsilon":
+            return noise
+        if target == "score":
+            return -noise / c.b
+        return c.da * data + (-c.b_db * prediction if source == "score" else c.db * noise)
 
 
 @dataclass
@@ -38,79 +228,56 @@ class FlowMatchODESchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
 
 
-class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
-    r"""
-    Integrates the probability flow ODE dx/dsigma = v(x, sigma) of a flow-matching model
-    ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)) from noise to data.
-
-    Convention, as in diffusers: sigma = 1 is noise and sigma = 0 is data, `timestep = num_train_timesteps * sigma` as
-    a float, `x = (1 - sigma) * sample + sigma * noise`, and the model predicts the velocity `noise - sample`.
-
-    The default grid of N steps is sigma = 1, 1 - 1/N, ..., 1/N and ends exactly at 0. `shift` moves it once, to
-    shift * sigma / (1 + (shift - 1) * sigma) ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206), eq. 23).
-    `timesteps` has one entry a model call, so `len(timesteps)` is the number of function evaluations (NFE).
-
-    | `solver` | order | model calls for N steps |
-    |---|---|---|
-    | `"euler"` | 1 | N |
-    | `"heun"` ([arXiv 2206.00364](https://huggingface.co/papers/2206.00364), algorithm 1) | 2 | 2N - 1; the last step is Euler's, so that the model is never asked at sigma = 0 |
+@dataclass
+class FlowMatchSDESchedulerOutput(BaseOutput):
+    """
+    Output of [`FlowMatchSDEScheduler.step`].
 
     Args:
-        num_train_timesteps (`int`, defaults to `1000`): the timestep that stands for sigma = 1.
-        shift (`float`, defaults to `1.0`): factor above 0 of the timestep shift; above 1, more steps near the noise.
-        use_dynamic_shifting (`bool`, defaults to `False`):
-            Shift by `mu`, which the caller derives from the resolution and gives to `set_timesteps`, instead of
-            `shift`.
-        base_shift (`float`, defaults to `0.5`): `mu` at `base_image_seq_len`; read by pipelines only.
-        max_shift (`float`, defaults to `1.15`): `mu` at `max_image_seq_len`; read by pipelines only.
-        base_image_seq_len (`int`, defaults to `256`): tokens of the smallest image; read by pipelines only.
-        max_image_seq_len (`int`, defaults to `4096`): tokens of the largest image; read by pipelines only.
-        time_shift_type (`str`, defaults to `"exponential"`): `"exponential"` or `"linear"`, how `mu` acts.
-        solver (`str`, defaults to `"euler"`): `"euler"` or `"heun"`.
-        path (`str`, defaults to `"linear"`): `"linear"`.
-
-    Raises:
-        `ValueError`: on an unknown solver, path or shift type, and on a shift that is not positive.
+        prev_sample (`torch.Tensor` with the shape of the sample): the model input of the next call.
     """
 
-    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+    prev_sample: torch.Tensor
+
+
+class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
+    """What the schedulers of this file share: the grid, the forward process, the place in the trajectory."""
+
+    _compatibles = [
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchODEScheduler",
+        "FlowMatchSDEScheduler",
+    ]
     order = 1
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5,
-        max_shift: float | None = 1.15,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
-        time_shift_type: str = "exponential",
-        solver: str = "euler",
-        path: str = "linear",
-    ):
-        if solver not in SOLVER_STAGES:
-            raise ValueError(f"`solver`={solver!r} is unknown. Use one of {', '.join(map(repr, SOLVER_STAGES))}.")
-        if path not in PATHS:
-            raise ValueError(f"`path`={path!r} is unknown. Use one of {', '.join(map(repr, PATHS))}.")
-        if time_shift_type not in ("exponential", "linear"):
-            raise ValueError(f"`time_shift_type`={time_shift_type!r} is unknown. Use 'exponential' or 'linear'.")
-        if num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps`={num_train_timesteps} must be at least 1.")
-        self.set_shift(shift)
+    def _setup(self, solvers: tuple[str, ...]) -> None:
+        """Checks the config and makes the grid that training scripts of diffusers read."""
+        config = self.config
+        _check_choice("solver", config.solver, solvers)
+        _check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
+        _check_choice("time_shift_type", config.time_shift_type, ("exponential", "linear"))
+        self.path = FlowMatchPath(config.path)
+        if config.num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps`={config.num_train_timesteps} must be at least 1.")
+        if sum(bool(config[name]) for name in GRIDS) > 1:
+            raise ValueError(f"Only one of {', '.join(f'`{name}`' for name in GRIDS)} can be True.")
+        for name in ("shift_terminal", "sigma_min"):
+            if config[name] is not None and not 0 <= config[name] < 1:
+                raise ValueError(f"`{name}`={config[name]} must be in [0, 1), or None.")
+        self.set_shift(config.shift)
 
-        self.order = SOLVER_STAGES[solver]
+        self.order = len(RUNGE_KUTTA.get(config.solver, RUNGE_KUTTA["euler"]))
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self._begin_index = None
         self._reset_steps()
 
-        sigmas = np.linspace(1, 0, num_train_timesteps + 1, dtype=np.float32)[:-1]
-        if not use_dynamic_shifting:
+        sigmas = np.linspace(1, 0, config.num_train_timesteps + 1, dtype=np.float32)[:-1]
+        if not config.use_dynamic_shifting:
             sigmas = self._apply_shift(sigmas, mu=None)
-        self.sigmas = torch.from_numpy(np.append(sigmas, np.float32(0)))
-        self.timesteps = self.sigmas[:-1] * num_train_timesteps
+        self.sigmas = self._flip_time(torch.from_numpy(np.append(sigmas, np.float32(0))))
+        self.timesteps = self.sigmas[:-1] * config.num_train_timesteps
 
     # Properties and setters that pipelines use
 
@@ -146,34 +313,8 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
 
     # The grid
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
-        """
-        Sets the grid of the next trajectory. Exactly one of the number of steps, `sigmas` and `timesteps` defines it;
-        the number may be repeated beside one of the others.
-
-        Args:
-            num_inference_steps (`int`, *optional*): steps on the default grid.
-            device (`str` or `torch.device`, *optional*): where `timesteps` go. `sigmas` stay on the CPU.
-            sigmas (`list[float]`, *optional*):
-                The noise levels before the shift, strictly decreasing in (0, 1], without the final 0, which is
-                appended.
-            mu (`float`, *optional*):
-                Amount of the resolution-dependent shift. Needed with `use_dynamic_shifting`; without it, it changes
-                nothing, since the pipelines of diffusers pass it to every scheduler.
-            timesteps (`list[float]`, *optional*):
-                Strictly decreasing in (0, num_train_timesteps], without the final 0. Taken as they are: never shifted.
-
-        Raises:
-            `ValueError`: on a grid that is empty, out of range, not decreasing, or given twice, and on a config from
-                another scheduler that asks for what this one does not do.
-        """
+    def _set_grid(self, num_inference_steps, device, sigmas, mu, timesteps, reverse: bool = False) -> None:
+        """`set_timesteps` of all schedulers."""
         unsupported = [name for name in UNSUPPORTED_KEYS if self.config.get(name)]
         if unsupported:
             raise ValueError(
@@ -190,33 +331,61 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None and timesteps is not None:
             raise ValueError("`sigmas` and `timesteps` both define the grid. Give one of them.")
 
-        if sigmas is not None:
-            grid = self._check_grid("sigmas", sigmas, 1, num_inference_steps)
-            grid = self._apply_shift(grid, mu)
-        elif timesteps is not None:
+        if timesteps is not None:
             maximum = self.config.num_train_timesteps
             grid = self._check_grid("timesteps", timesteps, maximum, num_inference_steps) / np.float32(maximum)
         else:
-            if num_inference_steps is None or int(num_inference_steps) != num_inference_steps:
-                raise ValueError(f"`num_inference_steps`={num_inference_steps} must be a whole number of steps.")
-            if num_inference_steps < 1:
-                raise ValueError(f"`num_inference_steps`={num_inference_steps} must be at least 1.")
-            grid = np.linspace(1, 1 / num_inference_steps, int(num_inference_steps)).astype(np.float32)
-            grid = self._apply_shift(grid, mu)
+            if sigmas is not None:
+                grid = self._check_grid("sigmas", sigmas, 1, num_inference_steps)
+            else:
+                if num_inference_steps is None or int(num_inference_steps) != num_inference_steps:
+                    raise ValueError(f"`num_inference_steps`={num_inference_steps} must be a whole number of steps.")
+                if num_inference_steps < 1:
+                    raise ValueError(f"`num_inference_steps`={num_inference_steps} must be at least 1.")
+                grid = self._default_grid(int(num_inference_steps), mu).astype(np.float32)
+            grid = self._space(self._apply_shift(grid, mu))
 
-        self.num_inference_steps = len(grid)
-        self.sigmas = torch.from_numpy(np.append(grid, np.float32(0)))
-        timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
-        if self.config.solver == "heun":
-            # t0 | t1 t1 | t2 t2 | ...: each step's second stage is at the next step's first.
-            timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+        end = self.config.sigma_min or 0.0
+        noise_end_is_finite, data_end_is_finite = self._finite_ends(reverse)
+        if grid[0] == 1 and not noise_end_is_finite:
+            grid[0] = max(1 - EDGE, (1 + grid[1]) / 2 if len(grid) > 1 else 0)
+        if end == 0 and not data_end_is_finite:
+            end = min(EDGE, grid[-1] / 2)
+        if not end < grid[-1]:
+            raise ValueError(f"The grid ends at `sigma_min`={end}, but its last step already starts at {grid[-1]}.")
+        grid = np.append(grid, np.float32(end))
+        if reverse:
+            grid = grid[::-1].copy()
+
+        self.num_inference_steps = len(grid) - 1
+        self.sigmas = self._flip_time(torch.from_numpy(grid))
+        rule = RUNGE_KUTTA.get(self.config.solver, RUNGE_KUTTA["euler"])
+        self._rules = [rule] * (self.num_inference_steps - 1) + [self._final_rule(rule, end=grid[-1])]
+        times = self.sigmas.tolist()
+        self._call_sigmas = [
+            start + sum(row) * (end - start)
+            for start, end, rule in zip(times[:-1], times[1:], self._rules, strict=True)
+            for row in ((), *rule[:-1])
+        ]
+        timesteps = torch.tensor(self._call_sigmas, dtype=torch.float32) * self.config.num_train_timesteps
+        self._call_timesteps = timesteps.tolist()
         self.timesteps = timesteps.to(device)
         self._begin_index = None
         self._reset_steps()
 
-    def _reset_steps(self) -> None:
-        self._step_index = None
-        self._step_start = None  # sample and velocity at the start of a step, between its stages
+    def _default_grid(self, num_steps: int, mu: float | None) -> np.ndarray:
+        """The even grid before the shift, without its end."""
+        end = self.config.sigma_min or 0.0
+        return np.linspace(1, end + (1 - end) / num_steps, num_steps)
+
+    def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
+        """Whether a grid may start at sigma = 1 and may end at sigma = 0."""
+        a_is_zero = self.config.path != "vp"
+        return not (a_is_zero and self.config.prediction_type in ("epsilon", "score")), True
+
+    def _flip_time(self, sigmas):
+        """From the noise level to the time of the model with `invert_sigmas`, and back."""
+        return 1 - sigmas if self.config.invert_sigmas else sigmas
 
     @staticmethod
     def _check_grid(name: str, grid, maximum: float, num_inference_steps: int | None) -> np.ndarray:
@@ -240,11 +409,32 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         odds = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
         return odds / (odds + (1 / sigmas - 1))
 
+    def _space(self, sigmas: np.ndarray) -> np.ndarray:
+        """The shifted grid with the end and the spacing that the config asks for, as in diffusers' schedulers."""
+        config = self.config
+        if config.shift_terminal:
+            if len(sigmas) < 2:
+                raise ValueError("`shift_terminal` moves the last of at least 2 steps, but the grid has 1.")
+            rest = 1 - sigmas
+            sigmas = 1 - rest / (rest[-1] / (1 - config.shift_terminal))
+        first, last, ramp = sigmas[0].item(), sigmas[-1].item(), np.linspace(0, 1, len(sigmas))
+        if config.use_karras_sigmas:  # arXiv 2206.00364, eq. 5, with rho = 7
+            sigmas = (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+        elif config.use_exponential_sigmas:
+            sigmas = np.exp(np.linspace(math.log(first), math.log(last), len(sigmas)))
+        elif config.use_beta_sigmas:  # arXiv 2407.12173
+            try:
+                special = importlib.import_module("scipy.special")
+            except ImportError as error:
+                raise ImportError("`use_beta_sigmas` needs scipy: pip install scipy") from error
+            sigmas = last + special.betaincinv(0.6, 0.6, 1 - ramp) * (first - last)
+        return sigmas.astype(np.float32)
+
     # The forward process
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """
-        The point (1 - sigma) * sample + sigma * noise on the path.
+        The point a * sample + b * noise on the path; (1 - sigma) * sample + sigma * noise on "linear".
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, ...)`): data.
@@ -254,29 +444,67 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` with the shape and dtype of `sample`.
+
+        Raises:
+            `ValueError`: if there is neither one time nor one per sample.
         """
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
-        if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, len(sample))):
-            raise ValueError(
-                f"`timestep` must be one time or one per sample, shape ({len(sample)},), but has shape "
-                f"{tuple(timestep.shape)}."
-            )
-        sigma = (timestep / self.config.num_train_timesteps).reshape(-1, *[1] * (sample.ndim - 1))
-        return ((1 - sigma) * sample + sigma * noise).to(sample.dtype)
+        return self.path.interpolate(sample, noise, self._noise_levels(sample, timestep)).to(sample.dtype)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[`scale_noise`] under the name and argument order of the other schedulers of diffusers."""
         return self.scale_noise(original_samples, timesteps, noise)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What a model learns to predict at `timesteps`: the velocity dx/dsigma of the path, `noise - sample`."""
-        return noise - sample
+        """
+        The velocity of the path at `timesteps`: its derivative with respect to sigma, `noise - sample` on "linear".
+        With `invert_sigmas`, the derivative with respect to 1 - sigma.
+        """
+        velocity = self.path.velocity(sample, noise, self._noise_levels(sample, timesteps)).to(sample.dtype)
+        return -velocity if self.config.invert_sigmas else velocity
+
+    def get_target(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        What a model with the `prediction_type` of the config learns to predict.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): data.
+            noise (`torch.Tensor` with the shape of `sample`): the noise that [`scale_noise`] mixed in.
+            timesteps (`torch.Tensor` of shape `()` or `(batch_size,)`):
+                In [0, num_train_timesteps]; not sigma = 0 for the score, nor for the velocity of "vp".
+
+        Returns:
+            `torch.Tensor` with the shape and dtype of `sample`: [`get_velocity`], `noise`, `sample`, or the score
+            -noise / b.
+        """
+        prediction_type = self.config.prediction_type
+        if prediction_type == "velocity":
+            return self.get_velocity(sample, noise, timesteps)
+        if prediction_type == "sample":
+            return sample
+        sigma = self._noise_levels(sample, timesteps)
+        return self.path.convert(noise, sample, sigma, "epsilon", prediction_type).to(sample.dtype)
+
+    def _noise_levels(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        timestep = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
+        if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, len(sample))):
+            raise ValueError(
+                f"`timestep` must be one time or one per sample, shape ({len(sample)},), but has shape "
+                f"{tuple(timestep.shape)}."
+            )
+        return self._flip_time(timestep / self.config.num_train_timesteps)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Returns `sample`: the model takes the state as it is."""
         return sample
 
-    # The reverse process
+    # The place in the trajectory
+
+    def _reset_steps(self) -> None:
+        self._step_index = self._first_index = None
+        self._start = None  # the state at the start of the step
+        self._history = []  # what earlier calls predicted, oldest first
+        self._state = self._returned_dtype = None  # what the last call returned, before it was rounded
 
     def index_for_timestep(
         self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
@@ -289,21 +517,204 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
             schedule_timesteps (`torch.Tensor` of shape `(num_calls,)`, *optional*): a grid instead of `timesteps`.
 
         Returns:
-            `int`: the index of a first stage.
+            `int`: the index of the first call of a step.
 
         Raises:
-            `ValueError`: if no entry of the grid is within 0.4 %, twice what rounding to bfloat16 moves it.
+            `ValueError`: if no step starts within 0.4 % of it, twice what rounding to bfloat16 moves it.
         """
-        schedule = (self.timesteps if schedule_timesteps is None else schedule_timesteps).cpu().double()
+        schedule = (self.timesteps if schedule_timesteps is None else schedule_timesteps)[:: self.order].cpu().double()
         timestep = float(timestep)
         distance = (schedule - timestep).abs()
         if not distance.min() <= 0.004 * abs(timestep):
             raise ValueError(
-                f"`timestep`={timestep} is not on the grid {schedule.tolist()}. Pass an entry of `timesteps`, or call "
-                "`set_begin_index`."
+                f"`timestep`={timestep} is not on the grid {schedule.tolist()}. Pass an entry of `timesteps` at which "
+                "a step starts, or call `set_begin_index`."
             )
-        # Where two stages share a time, a trajectory begins with the later one, the first stage of its step.
-        return int((distance == distance.min()).nonzero()[-1])
+        return int(distance.argmin()) * self.order
+
+    def _begin_call(self, timestep: float | torch.Tensor, sample: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+        """The step and its stage that this call belongs to, and the sample with the precision that rounding took."""
+        if self.num_inference_steps is None:
+            raise ValueError("`num_inference_steps` is not set. Call `set_timesteps` before `step`.")
+        index = self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+            self._first_index = index
+            if index % self.order:
+                raise ValueError(
+                    f"A trajectory cannot begin at index {index}, inside a step: it must be a multiple of "
+                    f"`order`={self.order}."
+                )
+        if index >= len(self.timesteps):
+            raise ValueError(
+                f"All {len(self.timesteps)} calls of this trajectory are done. Call `set_timesteps` to start another."
+            )
+        # A time on another device is not read: the loop would wait for the device.
+        if not torch.is_tensor(timestep) or (timestep.device.type == "cpu" and timestep.numel() == 1):
+            expected = self._call_timesteps[index]
+            if not abs(float(timestep) - expected) <= 0.004 * abs(expected):
+                raise ValueError(
+                    f"`timestep`={float(timestep)} is out of order: call {index} of this trajectory is at {expected}."
+                )
+        self._step_index = index
+
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        state, self._state = self._state, None
+        if state is None or state.shape != sample.shape or state.device != sample.device:
+            return *divmod(index, self.order), sample.to(dtype)
+        # What the caller has changed is the caller's; the rest is what it was before it was rounded.
+        is_ours = sample == state.to(self._returned_dtype)
+        return *divmod(index, self.order), torch.where(is_ours, state, sample.to(dtype))
+
+    def _end_call(self, state: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Advances by one call and returns the sample for the caller."""
+        self._step_index += 1
+        if dtype != state.dtype:
+            self._state, self._returned_dtype = state, dtype
+        return state.to(dtype)
+
+    def _convert(self, model_output: torch.Tensor, sample: torch.Tensor, index: int, target: str) -> torch.Tensor:
+        """The prediction of call `index` as a `target` of [`FlowMatchPath.convert`]."""
+        source = self.config.prediction_type
+        if source == "velocity" and self.config.invert_sigmas:
+            model_output = -model_output
+        sigma = self._flip_time(self._call_sigmas[index])
+        return self.path.convert(model_output.to(sample.dtype), sample, sigma, source, target)
+
+
+class FlowMatchODEScheduler(_FlowMatchScheduler):
+    r"""
+    Integrates the probability flow ODE dx/dsigma = v(x, sigma) of a flow-matching model
+    ([arXiv 2210.02747](https://huggingface.co/papers/2210.02747)) from noise to data.
+
+    Convention, as in diffusers: sigma = 1 is noise and sigma = 0 is data, `timestep = num_train_timesteps * sigma` as
+    a float, and on the default path `x = (1 - sigma) * sample + sigma * noise` the model predicts the velocity
+    `noise - sample`.
+
+    The default grid of N steps is sigma = 1, 1 - 1/N, ..., 1/N and ends exactly at 0. `shift` moves it once, to
+    shift * sigma / (1 + (shift - 1) * sigma) ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206), eq. 23).
+    `timesteps` has one entry a model call, so `len(timesteps)` is the number of function evaluations (NFE).
+
+    | `solver` | order | model calls for N steps |
+    |---|---|---|
+    | `"euler"` | 1 | N |
+    | `"heun"` ([arXiv 2206.00364](https://huggingface.co/papers/2206.00364), algorithm 1) | 2 | 2N - 1; the last step is Euler's |
+    | `"midpoint"` | 2 | 2N |
+    | `"rk4"`: Kutta's 3/8 rule, as in torchdiffeq | 4 | 4N - 1; the last step is Heun's third-order rule |
+    | `"ab2"`, `"ab3"`: Adams-Bashforth with variable steps | 2, 3 | N |
+    | `"multistep"`: exponential, on predictions of the data | `solver_order` | N |
+
+    The model is never asked at sigma = 0: a last step that ends there takes a rule of one order less, which does not
+    lower the order of the trajectory.
+
+    "multistep" interpolates the predictions of the data by a polynomial in sigma and integrates
+    d(x / b) = data d(a / b) exactly, as the exponential integrators of
+    [arXiv 2204.13902](https://huggingface.co/papers/2204.13902) do; in reverse, d(x / a) = noise d(b / a).
+    The multistep methods start at order 1. While fewer predictions than their order are there, each new one also
+    corrects the steps before it, by the integral of the better polynomial over them: the order holds from the first
+    step on without additional calls.
+
+    Between the calls the state keeps the precision that rounding to the dtype of the model takes from what `step`
+    returns, at least float32. Where the caller changes the sample between two steps, the change counts.
+
+    Args:
+        num_train_timesteps (`int`, defaults to `1000`): the timestep that stands for sigma = 1.
+        shift (`float`, defaults to `1.0`): factor above 0 of the timestep shift; above 1, more steps near the noise.
+        use_dynamic_shifting (`bool`, defaults to `False`):
+            Shift by `mu`, which the caller derives from the resolution and gives to `set_timesteps`, instead of
+            `shift`.
+        base_shift (`float`, defaults to `0.5`): `mu` at `base_image_seq_len`; read by pipelines only.
+        max_shift (`float`, defaults to `1.15`): `mu` at `max_image_seq_len`; read by pipelines only.
+        base_image_seq_len (`int`, defaults to `256`): tokens of the smallest image; read by pipelines only.
+        max_image_seq_len (`int`, defaults to `4096`): tokens of the largest image; read by pipelines only.
+        time_shift_type (`str`, defaults to `"exponential"`): `"exponential"` or `"linear"`, how `mu` acts.
+        solver (`str`, defaults to `"euler"`): a solver of the table.
+        path (`str`, defaults to `"linear"`): `"linear"`, `"gvp"` or `"vp"`, see [`FlowMatchPath`].
+        solver_order (`int`, defaults to `2`): order of "multistep", 2 or 3.
+        prediction_type (`str`, defaults to `"velocity"`):
+            What the model predicts: `"velocity"`, `"epsilon"` (the noise), `"score"` or `"sample"` (the data). From
+            noise or score at sigma = 1 of "linear" and "gvp" no velocity follows, so such a grid starts at 0.999.
+        sigma_min (`float`, *optional*):
+            Where the grid ends, in [0, 1). None stands for 0, on every path.
+        shift_terminal (`float`, *optional*): stretches the shifted grid such that its last step starts here.
+        use_karras_sigmas (`bool`, defaults to `False`): Karras spacing between the ends of the shifted grid.
+        use_exponential_sigmas (`bool`, defaults to `False`): the same with even steps of log(sigma).
+        use_beta_sigmas (`bool`, defaults to `False`): the same with quantiles of Beta(0.6, 0.6); needs scipy.
+        invert_sigmas (`bool`, defaults to `False`):
+            For models of the opposite convention: they are given num_train_timesteps * (1 - sigma) and predict
+            `sample - noise`. `sigmas` and `timesteps` then hold 1 - sigma and rise.
+
+    Raises:
+        `ValueError`: on an unknown solver, path, prediction or shift type, and on a value out of its range.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: str = "exponential",
+        solver: str = "euler",
+        path: str = "linear",
+        solver_order: int = 2,
+        prediction_type: str = "velocity",
+        sigma_min: float | None = None,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        invert_sigmas: bool = False,
+    ):
+        _check_choice("solver_order", solver_order, (2, 3))
+        self._setup(ODE_SOLVERS)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+        reverse: bool = False,
+    ) -> None:
+        """
+        Sets the grid of the next trajectory. Exactly one of the number of steps, `sigmas` and `timesteps` defines it;
+        the number may be repeated beside one of the others.
+
+        Args:
+            num_inference_steps (`int`, *optional*): steps on the default grid.
+            device (`str` or `torch.device`, *optional*): where `timesteps` go. `sigmas` stay on the CPU.
+            sigmas (`list[float]`, *optional*):
+                The noise levels before the shift, strictly decreasing in (0, 1], without the final 0, which is
+                appended.
+            mu (`float`, *optional*):
+                Amount of the resolution-dependent shift. Needed with `use_dynamic_shifting`; without it, it changes
+                nothing, since the pipelines of diffusers pass it to every scheduler.
+            timesteps (`list[float]`, *optional*):
+                Strictly decreasing in (0, num_train_timesteps], without the final 0. Taken as they are: never shifted.
+            reverse (`bool`, defaults to `False`):
+                Go from data to noise on the same grid: the noise that a picture comes from. The model is asked at
+                sigma = 0 then; where no velocity is known there ("vp", or a model that predicts the data), the grid
+                starts at `sigma_min` or 0.001.
+
+        Raises:
+            `ValueError`: on a grid that is empty, out of range, not decreasing, or given twice, and on a config from
+                another scheduler that asks for what this one does not do.
+        """
+        self._reverse = reverse
+        self._set_grid(num_inference_steps, device, sigmas, mu, timesteps, reverse)
+
+    def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
+        is_known_at_data = self.config.path != "vp" and self.config.prediction_type != "sample"
+        return super()._finite_ends(reverse)[0], is_known_at_data or not reverse
+
+    def _final_rule(self, rule: tuple, end: float) -> tuple:
+        return FINAL_STEP.get(self.config.solver, rule) if end == 0 else rule
 
     def step(
         self,
@@ -312,50 +723,114 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        per_token_timesteps: torch.Tensor | None = None,
     ) -> FlowMatchODESchedulerOutput | tuple[torch.Tensor]:
         """
         Takes the result of one model call and returns the input of the next.
 
         Args:
-            model_output (`torch.Tensor`): the velocity that the model predicts at `timestep` and `sample`.
+            model_output (`torch.Tensor`): what the model predicts at `timestep` and `sample`.
             timestep (`float` or `torch.Tensor`):
-                The entry of `timesteps` of this call. Read at the first call only, where no `begin_index` is set.
+                The entry of `timesteps` of this call. It finds the first call where no `begin_index` is set, and is
+                checked at the others if it is on the CPU.
             sample (`torch.Tensor` with the shape of `model_output`): the model's input.
             generator (`torch.Generator`, *optional*): not used; the ODE draws nothing.
             return_dict (`bool`, defaults to `True`): return a `FlowMatchODESchedulerOutput` instead of a tuple.
+            per_token_timesteps (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
+                A time for each token of a sample of shape `(batch_size, num_tokens, channels)`, which goes on to the
+                next lower sigma of the grid, by "euler" only. As in diffusers' scheduler, `model_output` is the
+                negative velocity here, and the result is not rounded.
 
         Returns:
             [`FlowMatchODESchedulerOutput`] or a tuple that holds `prev_sample`, in the dtype of `model_output`;
-            computed in float32.
+            computed in float32, or float64 where `sample` is.
 
         Raises:
-            `ValueError`: before `set_timesteps`, after the last call, and for a `timestep` that is not on the grid.
+            `ValueError`: before `set_timesteps`, after the last call, and for a `timestep` that is not on the grid or
+                out of order.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("`num_inference_steps` is not set. Call `set_timesteps` before `step`.")
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-        if self._step_index >= len(self.timesteps):
-            raise ValueError(
-                f"All {len(self.timesteps)} calls of this trajectory are done. Call `set_timesteps` to start another."
-            )
+        step, stage, sample = self._begin_call(timestep, sample)
+        if per_token_timesteps is not None:
+            prev_sample = self._end_call(self._step_per_token(model_output, sample, per_token_timesteps), sample.dtype)
+            return FlowMatchODESchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
-        step, stage = divmod(self._step_index, self.order)
-        sample, velocity = sample.float(), model_output.float()
-        if stage == 0:
-            self._step_start = (sample, velocity) if self.order > 1 else None
-        elif self._step_start is None:
-            raise ValueError(
-                f"A trajectory cannot begin at index {self._step_index}, inside a step: it must be a multiple of "
-                f"`order`={self.order}."
-            )
-        else:  # Heun: from the start of the step again, with the mean of the velocities at its two ends
-            sample, first_velocity = self._step_start
-            velocity = (first_velocity + velocity) / 2
-        step_size = self.sigmas[step + 1] - self.sigmas[step]
-        prev_sample = (sample + step_size * velocity).to(model_output.dtype)
+        if self.config.solver == "multistep":
+            target = "epsilon" if self._reverse else "sample"
+            prediction = self._convert(model_output, sample, self._step_index, target)
+        elif self.config.prediction_type == "velocity":
+            prediction = model_output.to(sample.dtype)
+        else:
+            prediction = self._convert(model_output, sample, self._step_index, "velocity")
+            prediction = -prediction if self.config.invert_sigmas else prediction
 
-        self._step_index += 1
-        if not return_dict:
-            return (prev_sample,)
-        return FlowMatchODESchedulerOutput(prev_sample=prev_sample)
+        start, end = self.sigmas[step].item(), self.sigmas[step + 1].item()
+        if self.config.solver in RUNGE_KUTTA:
+            if stage == 0:
+                self._start, self._history = sample, []
+            self._history.append(prediction)
+            state, weights = self._start, [(end - start) * weight for weight in self._rules[step][stage]]
+            if stage == len(self._rules[step]) - 1:
+                self._start = None
+        else:
+            order = ADAMS_BASHFORTH.get(self.config.solver, self.config.solver_order)
+            self._history = [*self._history, prediction][-order:]
+            scale, weights = self._multistep_weights(end)
+            state = sample if scale == 1 else scale * sample
+        for weight, prediction in zip(weights, self._history, strict=True):
+            if weight != 0:
+                state = state + weight * prediction
+        prev_sample = self._end_call(state, model_output.dtype)
+        return FlowMatchODESchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def _multistep_weights(self, end: float) -> tuple[float, list[float]]:
+        """`scale` and `weights` such that x(end) = scale * x + sum of weights * predictions."""
+        nodes = self._call_sigmas[: self._step_index + 1][-len(self._history) :]
+        scale = self._flow_factor(end) / self._flow_factor(nodes[-1])
+        # All predictions so far are at hand: integrate anew from the first on, less what the last step had.
+        is_whole = self._step_index - self._first_index == len(nodes) - 1
+        weights = self._integral(nodes, nodes[0] if is_whole else nodes[-1], end)
+        if is_whole and len(nodes) > 1:
+            weights[:-1] -= scale * self._integral(nodes[:-1], nodes[0], nodes[-1])
+        return scale, weights.tolist()
+
+    def _flow_factor(self, sigma: float) -> float:
+        """x divided by this changes by the integral of the predictions alone."""
+        if self.config.solver in ADAMS_BASHFORTH:
+            return 1.0
+        coefficients = self.path.coefficients(self._flip_time(sigma))
+        return (coefficients.a if self._reverse else coefficients.b).item()
+
+    def _integral(self, nodes: list[float], start: float, end: float) -> np.ndarray:
+        """
+        The weights of predictions at `nodes` in the change of x from `start` to `end` that they make.
+
+        With u from 0 to 1 between the two, the weights integrate the powers of u exactly. For "multistep" the
+        integral is f(end) * integral of u^k d(g / f), with f = b and g = a, in reverse the other way round; by parts,
+        nothing in it is infinite where f(end) = 0.
+        """
+        powers = np.arange(len(nodes))
+        if self.config.solver in ADAMS_BASHFORTH:
+            moments = (end - start) / (powers + 1)
+        else:
+            sigmas = torch.tensor([start, end, *(start + (end - start) * _NODES)], dtype=torch.float64)
+            c = self.path.coefficients(self._flip_time(sigmas))
+            f, g = (c.a.numpy(), c.b.numpy()) if self._reverse else (c.b.numpy(), c.a.numpy())
+            moments = np.full(len(nodes), g[1])
+            moments[0] -= f[1] * g[0] / f[0]
+            for k in powers[1:]:
+                moments[k] -= f[1] * k * np.sum(_WEIGHTS * _NODES ** (k - 1) * g[2:] / f[2:])
+        u = (np.array(nodes) - start) / (end - start)
+        return np.linalg.solve(u ** powers[:, None], moments)
+
+    def _step_per_token(
+        self, model_output: torch.Tensor, sample: torch.Tensor, per_token_timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        if (self.config.solver, self.config.prediction_type) != ("euler", "velocity") or self._reverse:
+            raise ValueError(
+                "`per_token_timesteps` works with `solver`='euler' and `prediction_type`='velocity', from noise to "
+                f"data. The config has {self.config.solver!r} and {self.config.prediction_type!r}."
+            )
+        current = per_token_timesteps / self.config.num_train_timesteps
+        sigmas = self.sigmas.to(sample.device)[:, None, None]
+        following = (sigmas * (sigmas < current[None] - 1e-6)).amax(dim=0)
+        return sample + (current - following)[..., None] * model_output
