@@ -247,7 +247,13 @@ def main(args: argparse.Namespace) -> None:
     if args.sort_by_importance and run.checkpoint is None:
         sort_by_importance(transformer)
     scheduler = objectives.make_training_scheduler(
-        args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule, args.learn_sigma, in_latents=vae is not None
+        args.objective,
+        args.ddpm_num_steps,
+        args.ddpm_beta_schedule,
+        args.learn_sigma,
+        in_latents=vae is not None,
+        path=args.path,
+        prediction_type=args.prediction_type,
     )
     if vae is not None:
         source = latents.build_latent_cache(

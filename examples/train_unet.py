@@ -135,7 +135,13 @@ def main(args: argparse.Namespace) -> None:
     transform = data.ImageTransform(resolution, source.channels, args.center_crop, args.random_flip)
     set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
     unet = make_unet(args, source, resolution)
-    scheduler = objectives.make_training_scheduler(args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule)
+    scheduler = objectives.make_training_scheduler(
+        args.objective,
+        args.ddpm_num_steps,
+        args.ddpm_beta_schedule,
+        path=args.path,
+        prediction_type=args.prediction_type,
+    )
 
     # 2. Model, optimizer, averages, data
     run.start(

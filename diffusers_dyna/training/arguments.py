@@ -9,8 +9,16 @@ import torch
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..schedulers.scheduling_flow_match import PATHS
 from .data import BUILT_IN_DATASETS
-from .objectives import COUPLINGS, MODE_SCALES, OBJECTIVES, TIME_SAMPLINGS, WEIGHTING_SCHEMES
+from .objectives import (
+    COUPLINGS,
+    MODE_SCALES,
+    OBJECTIVES,
+    PREDICTION_TYPES,
+    TIME_SAMPLINGS,
+    WEIGHTING_SCHEMES,
+)
 
 
 # These may differ between a run and its continuation: they change neither the weights of a step nor its data.
@@ -94,7 +102,21 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=OBJECTIVES,
         default="flow",
-        help="flow: velocity on the linear path (default); epsilon: the noise of DDPM.",
+        help="flow: flow matching (default); epsilon: the noise of DDPM.",
+    )
+    group.add_argument(
+        "--path",
+        choices=PATHS,
+        default="linear",
+        help="Of --objective flow, from data to noise: linear; gvp, cosine and sine; vp, DDPM's in continuous time. "
+        "Default: linear.",
+    )
+    group.add_argument(
+        "--prediction_type",
+        choices=PREDICTION_TYPES,
+        default="velocity",
+        help="What the model of --objective flow predicts: velocity, epsilon (the noise) or sample (the image). Default: "
+        "velocity.",
     )
     group.add_argument(
         "--time_sampling",
@@ -273,10 +295,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"`--ema_decay` {args.ema_decay} must be in [0, 1).")
     if not MODE_SCALES[0] <= args.mode_scale <= MODE_SCALES[1]:
         raise ValueError(f"`--mode_scale` {args.mode_scale} must be in [-1, 2 / (pi - 2) = {MODE_SCALES[1]:.4f}].")
-    if args.objective != "flow" and args.weighting_scheme in ("sigma_sqrt", "cosmap"):
+    if args.objective != "flow" and (args.path != "linear" or args.prediction_type != "velocity"):
+        raise ValueError("`--path` and `--prediction_type` are for `--objective flow`.")
+    is_linear_velocity = (args.objective, args.path, args.prediction_type) == ("flow", "linear", "velocity")
+    if args.weighting_scheme in ("sigma_sqrt", "cosmap") and not is_linear_velocity:
         raise ValueError(
-            f"`--weighting_scheme {args.weighting_scheme}` is for `--objective flow`. For the noise of DDPM use min_snr "
-            "or none."
+            f"`--weighting_scheme {args.weighting_scheme}` is for the velocity of `--objective flow` on `--path linear`. "
+            "Use min_snr or none."
         )
     if args.coupling == "ot" and args.objective != "flow":
         raise ValueError(

@@ -11,10 +11,13 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 
 from ..schedulers import FlowMatchODEScheduler
+from ..schedulers.scheduling_flow_match import EDGE
 from .randomness import keyed_generator, keyed_uniform
 
 
 OBJECTIVES = ("flow", "epsilon")
+# Without the score: its target -noise / b grows without bound toward the data. A model of the noise has it, by -1 / b.
+PREDICTION_TYPES = ("velocity", "epsilon", "sample")
 TIME_SAMPLINGS = ("uniform", "logit_normal", "mode", "cosmap", "stratified")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "cosmap", "min_snr")
 COUPLINGS = ("independent", "ot")
@@ -27,16 +30,21 @@ def make_training_scheduler(
     beta_schedule: str = "linear",
     learn_sigma: bool = False,
     in_latents: bool = False,
+    path: str = "linear",
+    prediction_type: str = "velocity",
 ) -> SchedulerMixin:
     """
     The scheduler that corrupts the data in training and is saved with the pipeline.
 
     Args:
-        objective (`str`): `"flow"` (velocity, linear path) or `"epsilon"` (the noise of DDPM).
+        objective (`str`): `"flow"` (flow matching) or `"epsilon"` (the noise of DDPM).
         num_train_timesteps (`int`, defaults to `1000`): steps of DDPM; flow matching is continuous.
         beta_schedule (`str`, defaults to `"linear"`): `beta_schedule` of [`~diffusers.DDPMScheduler`].
         learn_sigma (`bool`, defaults to `False`): whether DDPM's variances are learned, see [`variational_bound`].
         in_latents (`bool`, defaults to `False`): whether the data is not in [-1, 1], so that nothing may be clipped.
+        path (`str`, defaults to `"linear"`): of flow matching, see [`FlowMatchPath`].
+        prediction_type (`str`, defaults to `"velocity"`):
+            Of flow matching: `"velocity"`, `"epsilon"` (the noise) or `"sample"` (the data).
 
     Returns:
         [`FlowMatchODEScheduler`] or [`~diffusers.DDPMScheduler`].
@@ -45,7 +53,7 @@ def make_training_scheduler(
         `ValueError`: on an unknown objective.
     """
     if objective == "flow":
-        return FlowMatchODEScheduler()
+        return FlowMatchODEScheduler(path=path, prediction_type=prediction_type)
     if objective == "epsilon":
         return DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
@@ -131,7 +139,9 @@ def sample_sigmas(
 
 def sigmas_to_timesteps(scheduler: SchedulerMixin, sigmas: torch.Tensor) -> torch.Tensor:
     """
-    The times that the model is given: continuous for flow matching, one of the discrete steps for DDPM.
+    The times that the model is given: continuous for flow matching, one of the discrete steps for DDPM. On the path
+    "vp" the levels are squeezed into [0.001, 1], since its velocity has no bound toward the data; no grid of the scheduler
+    asks for anything below but on purpose.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]): from [`make_training_scheduler`].
@@ -140,9 +150,11 @@ def sigmas_to_timesteps(scheduler: SchedulerMixin, sigmas: torch.Tensor) -> torc
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: float32 in [0, 1000], or int64 in [0, num_train_timesteps).
     """
-    timesteps = sigmas * scheduler.config.num_train_timesteps
     if isinstance(scheduler, FlowMatchODEScheduler):
-        return timesteps
+        if scheduler.config.path == "vp":
+            sigmas = EDGE + (1 - EDGE) * sigmas
+        return sigmas * scheduler.config.num_train_timesteps
+    timesteps = sigmas * scheduler.config.num_train_timesteps
     return timesteps.long().clamp(max=scheduler.config.num_train_timesteps - 1)
 
 
@@ -150,7 +162,7 @@ def training_target(
     scheduler: SchedulerMixin, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """
-    What the model should predict: the noise (epsilon prediction) or the velocity of the scheduler's path.
+    What the model should predict: the noise of DDPM, or what the `prediction_type` of a flow says.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]): from [`make_training_scheduler`].
@@ -161,9 +173,9 @@ def training_target(
     Returns:
         `torch.Tensor` with the shape of `sample`.
     """
-    if scheduler.config.get("prediction_type") == "epsilon":
+    if isinstance(scheduler, DDPMScheduler):
         return noise
-    return scheduler.get_velocity(sample, noise, timesteps)
+    return scheduler.get_target(sample, noise, timesteps)
 
 
 def loss_weights(
@@ -179,9 +191,9 @@ def loss_weights(
     | `"cosmap"` (the same; SD3, [arXiv 2403.03206](https://huggingface.co/papers/2403.03206), section 3.1) | 2 / (pi (1 - 2 sigma + 2 sigma^2)): the density of the times of that name | velocity on the linear path |
     | `"min_snr"` ([arXiv 2303.09556](https://huggingface.co/papers/2303.09556), equation 6) | min(SNR, snr_gamma) of the error of the data that the prediction stands for | everything |
 
-    With x = a data + b noise, the SNR is (a / b)^2. An error of the noise is one of the data times b / a, so that
-    min-SNR weighs it with min(SNR, snr_gamma) / SNR, as in the paper; an error of the velocity is one of the data times
-    b / (a b' - b a'), which on the linear path is sigma, so that it is weighed with min((1 - sigma)^2, snr_gamma sigma^2).
+    With x = a data + b noise, the SNR is (a / b)^2. An error e of the noise is an error b e / a of the data, so that
+    min-SNR weighs it with min(SNR, snr_gamma) / SNR, as in the paper; an error e of the velocity is one of
+    b e / (a b' - b a'), on the linear path sigma e, so that it is weighed with min((1 - sigma)^2, snr_gamma sigma^2).
 
     Args:
         weighting_scheme (`str`): a name of the table.
@@ -208,7 +220,13 @@ def loss_weights(
     sigmas = timesteps / scheduler.config.num_train_timesteps
     if weighting_scheme != "min_snr":
         return compute_loss_weighting_for_sd3(weighting_scheme, sigmas.clamp(min=1e-3))
-    return torch.minimum((1 - sigmas) ** 2, snr_gamma * sigmas**2)
+    c = scheduler.path.coefficients(sigmas)
+    weights = {
+        "velocity": torch.minimum(c.a**2, snr_gamma * c.b**2) / c.det**2,
+        "epsilon": (snr_gamma * (c.b / c.a) ** 2).clamp(max=1),
+        "sample": ((c.a / c.b) ** 2).clamp(max=snr_gamma),
+    }[scheduler.config.prediction_type]
+    return weights.to(timesteps.device, torch.float32)
 
 
 def mse_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -113,6 +113,32 @@ def test_flow_targets_and_times():
     torch.testing.assert_close(noisy - (1 - remaining) * target, sample)
 
 
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("prediction_type", ["velocity", "epsilon", "sample"])
+def test_targets_of_other_paths(path, prediction_type):
+    scheduler = make_training_scheduler("flow", path=path, prediction_type=prediction_type)
+    sample, noise = torch.randn(2, 4, 1, 8, 8, dtype=torch.float64)
+    timesteps = sigmas_to_timesteps(scheduler, torch.tensor([0.0, 0.25, 0.7453, 1.0], dtype=torch.float64))
+    target = training_target(scheduler, sample, noise, timesteps)
+    if prediction_type != "velocity":
+        assert torch.equal(target, {"epsilon": noise, "sample": sample}[prediction_type])
+        return
+    # the derivative of what the model is given, by finite differences
+    times, step = timesteps.clamp(1, 999), 1e-3
+    ahead, behind = (scheduler.add_noise(sample, noise, times + sign * step) for sign in (1, -1))
+    target = training_target(scheduler, sample, noise, times)
+    torch.testing.assert_close(target, (ahead - behind) / (2 * step / 1000), rtol=1e-4, atol=1e-4)
+
+
+def test_vp_times_keep_off_the_data():
+    scheduler = make_training_scheduler("flow", path="vp")
+    sigmas = torch.linspace(0, 1, 101)
+    timesteps = sigmas_to_timesteps(scheduler, sigmas)
+    torch.testing.assert_close(timesteps, 1 + 999 * sigmas)
+    sample, noise = torch.randn(2, 101, 1, 4, 4)
+    assert training_target(scheduler, sample, noise, timesteps).abs().max() < 100
+
+
 def test_epsilon_targets_and_times():
     scheduler = make_training_scheduler("epsilon", num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
     assert isinstance(scheduler, DDPMScheduler)
@@ -159,25 +185,41 @@ class TestLossWeights:
         weights = loss_weights("cosmap", make_training_scheduler("flow"), 1000 * sigmas)
         assert abs(by_time - (weights * loss(sigmas)).mean()) < 0.01
 
-    @pytest.mark.parametrize("objective", ["flow", "epsilon"])
-    def test_min_snr_weighs_the_error_of_the_data(self, objective):
-        """An error of the prediction, turned into one of the data by the algebra of the path, counts min(SNR, gamma)."""
-        scheduler = make_training_scheduler(objective)
-        timesteps = sigmas_to_timesteps(scheduler, self.sigmas[1:-1])
+    @pytest.mark.parametrize("prediction_type", ["ddpm", "velocity", "epsilon", "sample"])
+    @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+    def test_min_snr_weighs_the_error_of_the_data(self, path, prediction_type):
+        """An error of the prediction, turned into one of the data by the path's algebra, counts min(SNR, gamma)."""
         noisy, target, error = torch.randn(3, 4, 1, 8, 8, dtype=torch.float64)
-        if objective == "flow":
-            a, b = (value[:, None, None, None].double() for value in (1 - self.sigmas[1:-1], self.sigmas[1:-1]))
-            data = [noisy - b * prediction for prediction in (target, target + error)]
-        else:
+        if prediction_type == "ddpm":
+            scheduler = make_training_scheduler("epsilon")
+            timesteps = sigmas_to_timesteps(scheduler, self.sigmas[1:-1])
             a_bar = scheduler.alphas_cumprod[timesteps].double()[:, None, None, None]
             a, b = a_bar.sqrt(), (1 - a_bar).sqrt()
             data = [(noisy - b * prediction) / a for prediction in (target, target + error)]
-        snr = (a / b).square().flatten()
+        else:
+            scheduler = make_training_scheduler("flow", path=path, prediction_type=prediction_type)
+            timesteps, sigmas = 1000 * self.sigmas[1:-1], self.sigmas[1:-1].double()
+            ones, zeros = torch.ones_like(noisy), torch.zeros_like(noisy)
+            a, b = scheduler.path.interpolate(ones, zeros, sigmas), scheduler.path.interpolate(zeros, ones, sigmas)
+            data = [
+                scheduler.path.convert(prediction, noisy, sigmas, prediction_type, "sample")
+                for prediction in (target, target + error)
+            ]
+        snr = (a / b).square()[:, 0, 0, 0]
         assert (snr > 5).any() and (snr < 5).any()
         expected = (snr.clamp(max=5) * (data[1] - data[0]).square().flatten(1).mean(1)).mean()
         weights = loss_weights("min_snr", scheduler, timesteps, snr_gamma=5.0)
+        assert weights.dtype == torch.float32
         actual = (weights * error.square().flatten(1).mean(1)).mean()
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("prediction_type", ["velocity", "epsilon", "sample"])
+    def test_min_snr_at_the_ends(self, prediction_type):
+        scheduler = make_training_scheduler("flow", prediction_type=prediction_type)
+        weights = loss_weights("min_snr", scheduler, torch.tensor([0.0, 1000.0]))
+        assert (
+            weights.tolist() == {"velocity": [0.0, 0.0], "epsilon": [0.0, 1.0], "sample": [5.0, 0.0]}[prediction_type]
+        )
 
     def test_the_loss_is_the_mean_over_samples(self):
         prediction, target = torch.randn(2, 4, 3, 8, 8)

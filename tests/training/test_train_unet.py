@@ -50,6 +50,10 @@ RECIPES = (
     {"time_sampling": "cosmap", "coupling": "ot", "weighting_scheme": "min_snr"},
     {"time_sampling": "logit_normal", "weighting_scheme": "sigma_sqrt", "unconditional": True, "coupling": "ot"},
     {"objective": "epsilon", "weighting_scheme": "min_snr", "snr_gamma": 1.0},
+    {"path": "gvp", "time_sampling": "stratified"},
+    {"path": "vp", "coupling": "ot"},
+    {"path": "linear", "prediction_type": "epsilon", "weighting_scheme": "min_snr"},
+    {"path": "vp", "prediction_type": "sample"},
 )
 
 
@@ -383,8 +387,12 @@ class TestForms:
 
     @pytest.mark.parametrize("options", RECIPES, ids=lambda options: "-".join(map(str, options.values())))
     def test_other_times_weights_and_pairs_train_and_resume(self, run_here, tmp_path, options):
-        options = {**options, "lr_scheduler": "constant", "num_validation_images": 0, "checkpointing_steps": 10}
+        options = {**options, "lr_scheduler": "constant", "checkpointing_steps": 10}
         run_here(tmp_path / "whole", max_train_steps=40, **options)
+        scheduler = DynaUNetPipeline.from_pretrained(tmp_path / "whole").scheduler  # which has drawn samples
+        if "path" in options:
+            assert scheduler.config.path == options["path"]
+            assert scheduler.config.prediction_type == options.get("prediction_type", "velocity")
         run_here(tmp_path / "parts", max_train_steps=10, **options)
         run_here(tmp_path / "parts", max_train_steps=40, resume_from_checkpoint="latest", **options)
         name = "checkpoint-40/unet/diffusion_pytorch_model.safetensors"
@@ -487,8 +495,20 @@ class TestBadInput:
             (["--weighting_scheme", "mode"], "argument --weighting_scheme: invalid choice: 'mode'"),
             (
                 ["--objective", "epsilon", "--weighting_scheme", "sigma_sqrt"],
-                "`--weighting_scheme sigma_sqrt` is for `--objective flow`. For the noise of DDPM use min_snr or none",
+                "`--weighting_scheme sigma_sqrt` is for the velocity of `--objective flow` on `--path linear`. Use min_snr",
             ),
+            (["--path", "gvp", "--weighting_scheme", "cosmap"], "`--weighting_scheme cosmap` is for the velocity"),
+            (
+                ["--prediction_type", "sample", "--weighting_scheme", "cosmap"],
+                "on `--path linear`. Use min_snr or none",
+            ),
+            (
+                ["--objective", "epsilon", "--path", "vp"],
+                "`--path` and `--prediction_type` are for `--objective flow`",
+            ),
+            (["--objective", "epsilon", "--prediction_type", "epsilon"], "are for `--objective flow`"),
+            (["--path", "cosine"], "argument --path: invalid choice: 'cosine'"),
+            (["--prediction_type", "score"], "argument --prediction_type: invalid choice: 'score'"),
             (["--objective", "epsilon", "--coupling", "ot"], "`--coupling ot` is for `--objective flow`: DDPM's"),
             (["--lr_scheduler", "step"], "argument --lr_scheduler: invalid choice: 'step'"),
         ],
