@@ -9,98 +9,68 @@ import torch
 
 from diffusers_dyna import FlowMatchODEScheduler, flow_log_likelihood, integrate_flow
 from diffusers_dyna.schedulers.flow_integration import METHODS
+from diffusers_dyna.schedulers.scheduling_flow_match import PATHS
 
 from ..testing_utils import randn, tiny_dyna_dit, tiny_unet
+from .mixtures import Gaussian, Mixture
 
 
 pytest.importorskip("torchdiffeq")
-PATHS = ("linear", "gvp", "vp")
 QUIET = {"progress_bar": False}
 
 
-def coefficients(path, sigma):
-    """a, b, a' and b b' of x = a data + b noise; b' itself has no limit at the data on VP."""
-    if path == "linear":
-        return 1 - sigma, sigma, -torch.ones_like(sigma), sigma
-    if path == "gvp":
-        a, b = torch.cos(math.pi * sigma / 2), torch.sin(math.pi * sigma / 2)
-        return a, b, -math.pi / 2 * b, math.pi / 2 * a * b
-    a = torch.exp(-(sigma**2) * (20 - 0.1) / 4 - sigma * 0.1 / 2)
-    b = torch.sqrt(-torch.expm1(2 * torch.log(a)))
-    a_prime = -a * (sigma * (20 - 0.1) / 2 + 0.1 / 2)
-    return a, b, a_prime, -a * a_prime
+class Flow:
+    """The exact velocity of a Gaussian mixture, as a model: it is called with timesteps, and notes them."""
 
-
-class Mixture:
-    """
-    Data from Gaussians with weights, means of shape (K, D) and covariances of shape (K, D, D), with the exact velocity:
-    E[data | x] and E[noise | x] / b of each component, weighted by how likely the component is.
-    """
-
-    def __init__(self, path, weights, means, covariances):
-        self.path = path
-        self.weights, self.means, self.covariances = (
-            torch.tensor(v, dtype=torch.float64) for v in (weights, means, covariances)
-        )
-        self.timesteps = []
-
-    def marginal(self, sigma):
-        a, b, _, _ = coefficients(self.path, torch.as_tensor(sigma, dtype=torch.float64))
-        covariances = a**2 * self.covariances + b**2 * torch.eye(self.means.shape[1])
-        components = torch.distributions.MultivariateNormal(a * self.means, covariances)
-        return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(self.weights), components)
+    def __init__(self, path="linear", means=((-0.5, 0.4, 0.1), (0.3, -0.2, 0.5)), std=(0.2, 0.35), weights=(0.3, 0.7)):
+        means, std, weights = (torch.tensor(values, dtype=torch.float64) for values in (means, std, weights))
+        self.mixture, self.timesteps = Mixture(weights.log(), means, std, path), []
 
     def __call__(self, x, timestep):
-        assert timestep.shape == (len(x),)
-        assert (timestep == timestep[0]).all()
+        assert timestep.shape == (len(x),) and (timestep == timestep[0]).all()
         self.timesteps.append(float(timestep[0]))
-        sigma = timestep[0].double() / 1000
-        a, b, a_prime, b_b_prime = coefficients(self.path, sigma)
-        components = self.marginal(sigma).component_distribution
-        points = x.double()[:, None, :]
-        shares = torch.softmax(self.weights.log() + components.log_prob(points), dim=1)
-        whitened = torch.linalg.solve(components.covariance_matrix, (points - components.mean)[..., None])[..., 0]
-        # v = a' E[data | x] + b' E[noise | x], and E[noise | x] = b * whitened
-        data = self.means + a * torch.einsum("kij,nkj->nki", self.covariances, whitened)
-        velocity = a_prime * data + b_b_prime * whitened
-        return (shares[..., None] * velocity).sum(1).to(x.dtype)
+        return self.mixture.velocity(x.double(), float(timestep[0]) / 1000).to(x.dtype)
+
+    def density(self, sigma=0.0):
+        c = self.mixture.path.coefficients(sigma)
+        std = ((c.a * self.mixture.std) ** 2 + c.b**2).sqrt()
+        components = torch.distributions.Normal(c.a * self.mixture.means, std[:, None].expand_as(self.mixture.means))
+        return torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(logits=self.mixture.log_weights),
+            torch.distributions.Independent(components, 1),
+        )
 
 
-def gaussian(path, mean=(0.4, -0.3, 0.1), num_dims=3):
-    factor = torch.tensor([[0.5, 0.0, 0.0], [0.3, 0.4, 0.0], [-0.2, 0.25, 0.6]], dtype=torch.float64)
-    return Mixture(path, [1.0], [list(mean)], [(factor @ factor.T).tolist()])
-
-
-def two_gaussians(path):
-    covariances = [[[0.05, 0.03], [0.03, 0.06]], [[0.1, 0.0], [0.0, 0.02]]]
-    return Mixture(path, [0.3, 0.7], [[-0.5, 0.4], [0.3, -0.2]], covariances)
+def gaussian(path="linear", mean=0.0):
+    return Flow(path, means=((mean, -mean, mean),), std=(0.4,), weights=(1.0,))
 
 
 class TestIntegrateFlow:
     @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("method", METHODS)
     def test_the_flow_of_a_gaussian(self, path, method):
-        """Isotropic: (x - a mean) / sqrt(a^2 std^2 + b^2) stays as it is along the flow."""
-        mean, std = 0.4, 0.3
-        flow = Mixture(path, [1.0], [[mean] * 2], [(std**2 * torch.eye(2)).tolist()])
+        distribution, timesteps = Gaussian(mean=0.4, std=0.3, path=path), []
+
+        def velocity(x, timestep):
+            timesteps.append(float(timestep[0]))
+            return distribution.velocity(x, timesteps[-1] / 1000)
+
         noise = randn(5, 2).double()
-        output = integrate_flow(flow, noise, rtol=1e-7, atol=1e-7, method=method, **QUIET)
-        a, b, _, _ = coefficients(path, torch.tensor(1.0, dtype=torch.float64))
-        expected = mean + std * (noise - a * mean) / (a**2 * std**2 + b**2).sqrt()
-        torch.testing.assert_close(output.sample, expected, atol=2e-5, rtol=0)
-        assert output.nfe == len(flow.timesteps)
-        assert min(flow.timesteps) >= 0 and max(flow.timesteps) <= 1000
+        output = integrate_flow(velocity, noise, rtol=1e-7, atol=1e-7, method=method, **QUIET)
+        torch.testing.assert_close(output.sample, distribution.solution(noise, 1.0), atol=2e-5, rtol=0)
+        assert output.nfe == len(timesteps)
+        assert min(timesteps) >= 0 and max(timesteps) <= 1000
 
     @pytest.mark.parametrize("path", PATHS)
     def test_noise_to_data_to_noise(self, path):
-        flow, noise = two_gaussians(path), randn(6, 2).double()
+        flow, noise = Flow(path), randn(6, 3).double()
         data = integrate_flow(flow, noise, rtol=1e-9, atol=1e-9, **QUIET).sample
         assert (data - noise).abs().max() > 0.5
         back = integrate_flow(flow, data, rtol=1e-9, atol=1e-9, sigma_start=0.0, sigma_end=1.0, **QUIET).sample
         torch.testing.assert_close(back, noise, atol=1e-5, rtol=0)
 
     def test_part_of_the_way(self):
-        flow, noise = gaussian("linear"), randn(4, 3).double()
+        flow, noise = Flow(), randn(4, 3).double()
         middle = integrate_flow(flow, noise, rtol=1e-9, atol=1e-9, sigma_end=0.35, **QUIET).sample
         assert min(flow.timesteps) >= 350
         end = integrate_flow(flow, middle, rtol=1e-9, atol=1e-9, sigma_start=0.35, **QUIET).sample
@@ -120,9 +90,9 @@ class TestIntegrateFlow:
         torch.testing.assert_close(output.sample, torch.full((2, 3), 1 + 0.4e-4))
 
     def test_smaller_tolerances_cost_more_calls_and_are_closer(self):
-        noise, outputs = randn(6, 2).double(), []
+        noise, outputs = randn(6, 3).double(), []
         for tolerance in (1e-10, 1e-6, 1e-3):
-            outputs.append(integrate_flow(two_gaussians("linear"), noise, tolerance, tolerance, **QUIET))
+            outputs.append(integrate_flow(Flow(), noise, tolerance, tolerance, **QUIET))
         errors = [(output.sample - outputs[0].sample).abs().max() for output in outputs[1:]]
         assert outputs[0].nfe > outputs[1].nfe > outputs[2].nfe
         assert errors[0] < 0.1 * errors[1]
@@ -158,11 +128,11 @@ class TestIntegrateFlow:
 
     def test_it_records_no_gradient_and_shows_progress(self, capfd):
         noise = randn(2, 3).double().requires_grad_()
-        output = integrate_flow(gaussian("linear"), noise)
+        output = integrate_flow(Flow(), noise)
         assert not output.sample.requires_grad
         shown = capfd.readouterr().err
         assert f"{output.nfe} calls" in shown and "sigma=0.0000" in shown
-        integrate_flow(gaussian("linear"), noise, **QUIET)
+        integrate_flow(Flow(), noise, **QUIET)
         assert capfd.readouterr().err == ""
 
     def test_a_model_of_this_package(self):
@@ -180,49 +150,50 @@ class TestIntegrateFlow:
                 sample = scheduler.step(velocity(sample, timestep), timestep, sample).prev_sample
         output = integrate_flow(velocity, noise, **QUIET)
         assert (sample - noise).abs().max() > 0.5
-        torch.testing.assert_close(output.sample, sample.double(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(output.sample, sample, atol=1e-3, rtol=0)
 
 
 class TestLogLikelihood:
     @pytest.mark.parametrize("path", PATHS)
     def test_a_gaussian(self, path):
-        # On VP a little of the data is left at sigma = 1: without a mean it is seen in the deviations only.
-        flow = gaussian(path, mean=(0.0, 0.0, 0.0) if path == "vp" else (0.4, -0.3, 0.1))
-        data = flow.marginal(0).sample((7,))
-        output = flow_log_likelihood(flow, data, "exact", rtol=1e-8, atol=1e-8, **QUIET)
-        expected = flow.marginal(0).log_prob(data)
-        tolerance = {"atol": 1e-3 if path == "vp" else 1e-6, "rtol": 0}
-        torch.testing.assert_close(output.log_likelihood, expected, **tolerance)
-        torch.testing.assert_close(output.bits_per_dim, -expected / (3 * math.log(2)) + 7, **tolerance)
+        # On VP a little of the data is left at sigma = 1; without a mean it is seen in the deviation only.
+        flow = gaussian(path, mean=0.0 if path == "vp" else 0.3)
+        data, std = flow.density().sample((7,)), flow.density(1.0).variance.sqrt()[0].item()
+        assert std == pytest.approx(1, abs=1e-4)
+        output = flow_log_likelihood(flow, data, "exact", prior_std=std, rtol=1e-8, atol=1e-8, **QUIET)
+        expected = flow.density().log_prob(data)
+        torch.testing.assert_close(output.log_likelihood, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(output.bits_per_dim, -expected / (3 * math.log(2)) + 7, atol=1e-6, rtol=0)
         assert output.nfe == len(flow.timesteps)
         noise = integrate_flow(flow, data, 1e-8, 1e-8, sigma_start=0.0, sigma_end=1.0, **QUIET).sample
         torch.testing.assert_close(output.noise, noise, atol=1e-6, rtol=0)
 
     @pytest.mark.parametrize("path", PATHS)
     def test_a_mixture(self, path):
-        flow = two_gaussians(path)
-        data = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5), indexing="ij"), -1)
-        data = data.reshape(25, 2).double()
+        flow = Flow(path)
+        data = torch.cartesian_prod(*[torch.linspace(-0.8, 0.8, 3, dtype=torch.float64)] * 3)
         output = flow_log_likelihood(flow, data, "exact", num_levels=None, rtol=1e-7, atol=1e-7, **QUIET)
-        expected = flow.marginal(0).log_prob(data)
-        torch.testing.assert_close(output.log_likelihood, expected, atol=1e-2 if path == "vp" else 1e-4, rtol=0)
-        torch.testing.assert_close(output.bits_per_dim, -output.log_likelihood / (2 * math.log(2)))
+        expected = flow.density().log_prob(data)
+        assert expected.max() - expected.min() > 5
+        # On VP the states at sigma = 1 are not quite a standard normal.
+        torch.testing.assert_close(output.log_likelihood, expected, atol=2e-2 if path == "vp" else 1e-4, rtol=0)
+        torch.testing.assert_close(output.bits_per_dim, -output.log_likelihood / (3 * math.log(2)))
 
     def test_the_prior_has_a_deviation_and_the_flow_a_first_sigma(self):
         """From sigma 0.1 on VP with the exact deviation at sigma 1, the density is exactly that of the states there."""
-        flow = Mixture("vp", [1.0], [[0.0, 0.0]], [(0.25 * torch.eye(2)).tolist()])
-        states = flow.marginal(0.1).sample((4,))
-        prior_std = flow.marginal(1).component_distribution.stddev[0, 0].item()
+        flow = gaussian("vp")
+        states = flow.density(0.1).sample((4,))
         settings = {"sigma_min": 0.1, "num_levels": None, "rtol": 1e-9, "atol": 1e-9}
+        prior_std = flow.density(1.0).variance.sqrt()[0].item()
         output = flow_log_likelihood(flow, states, "exact", prior_std=prior_std, **settings, **QUIET)
-        torch.testing.assert_close(output.log_likelihood, flow.marginal(0.1).log_prob(states), atol=1e-7, rtol=0)
+        torch.testing.assert_close(output.log_likelihood, flow.density(0.1).log_prob(states), atol=1e-7, rtol=0)
         assert min(flow.timesteps) >= 100 - 1e-6
 
     @pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
     def test_hutchinson_is_unbiased(self, divergence):
-        flow = gaussian("linear")
-        data = flow.marginal(0).sample((1,)).expand(4000, 3)
-        exact = flow.marginal(0).log_prob(data[:1])
+        flow = Flow()  # whose Jacobian is not diagonal
+        data = torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64).expand(4000, 3)
+        exact = flow.density().log_prob(data[:1])
         spread = {}
         for num_probes in (1, 8):
             output = flow_log_likelihood(
@@ -235,7 +206,7 @@ class TestLogLikelihood:
         assert spread[1] / spread[8] == pytest.approx(8, rel=0.15)
 
     def test_generators(self):
-        flow, data = gaussian("linear"), gaussian("linear").marginal(0).sample((3,))
+        flow, data = Flow(), 0.4 * randn(3, 3).double()
 
         def generators():
             return [torch.Generator().manual_seed(i) for i in range(3)]
@@ -310,7 +281,7 @@ class TestBadInput:
     )
     def test_integrate_flow(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            integrate_flow(gaussian("linear"), randn(2, 3), **arguments)
+            integrate_flow(Flow(), randn(2, 3), **arguments)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -329,14 +300,14 @@ class TestBadInput:
     )
     def test_flow_log_likelihood(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            flow_log_likelihood(gaussian("linear"), randn(2, 3), **arguments)
+            flow_log_likelihood(Flow(), randn(2, 3), **arguments)
 
     @pytest.mark.parametrize("function", [integrate_flow, flow_log_likelihood])
     def test_samples_and_velocities(self, function):
         with pytest.raises(ValueError, match=r"floating point tensor .* but is torch.int64 of shape \(2, 3\)"):
-            function(gaussian("linear"), torch.zeros(2, 3, dtype=torch.int64), **QUIET)
+            function(Flow(), torch.zeros(2, 3, dtype=torch.int64), **QUIET)
         with pytest.raises(ValueError, match="`sample` must be .* but is list"):
-            function(gaussian("linear"), [0.0], **QUIET)
+            function(Flow(), [0.0], **QUIET)
         with pytest.raises(ValueError, match=r"velocity of shape \(2, 2\) for a sample of shape \(2, 3\)"):
             function(lambda x, t: x[:, :2], randn(2, 3), **QUIET)
         with pytest.raises(TypeError, match="`model_fn` returned a tuple instead of a tensor"):
@@ -351,4 +322,4 @@ class TestBadInput:
     def test_torchdiffeq_is_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchdiffeq", None)
         with pytest.raises(ImportError, match=r'needs torchdiffeq: `pip install "diffusers-dyna\[ode\]"`'):
-            integrate_flow(gaussian("linear"), randn(2, 3), **QUIET)
+            integrate_flow(Flow(), randn(2, 3), **QUIET)
