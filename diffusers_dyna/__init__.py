@@ -11,7 +11,13 @@ from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
 from .pipelines import DynaDiTPipeline, DynaUNetPipeline
-from .schedulers import FlowMatchODEScheduler, FlowMatchPath, flow_log_likelihood, integrate_flow
+from .schedulers import (
+    FlowMatchODEScheduler,
+    FlowMatchPath,
+    FlowMatchSDEScheduler,
+    flow_log_likelihood,
+    integrate_flow,
+)
 
 
 __version__ = "0.1.0.dev0"
@@ -23,6 +29,7 @@ __all__ = [
     "DynaUNetPipeline",
     "FlowMatchODEScheduler",
     "FlowMatchPath",
+    "FlowMatchSDEScheduler",
     "flow_log_likelihood",
     "integrate_flow",
 ]

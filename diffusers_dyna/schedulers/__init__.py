@@ -5,6 +5,8 @@ from .scheduling_flow_match import (
     FlowMatchODESchedulerOutput,
     FlowMatchPath,
     FlowMatchPathCoefficients,
+    FlowMatchSDEScheduler,
+    FlowMatchSDESchedulerOutput,
 )
 
 
@@ -15,6 +17,8 @@ __all__ = [
     "FlowMatchODESchedulerOutput",
     "FlowMatchPath",
     "FlowMatchPathCoefficients",
+    "FlowMatchSDEScheduler",
+    "FlowMatchSDESchedulerOutput",
     "flow_log_likelihood",
     "integrate_flow",
 ]

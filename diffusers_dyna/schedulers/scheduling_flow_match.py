@@ -18,6 +18,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 
 PATHS = ("linear", "gvp", "vp")
@@ -40,8 +41,9 @@ RUNGE_KUTTA = {
 # The step to sigma = 0 in the place of a rule with a call at its end: one order less, which in a single step does not
 # lower the order of the trajectory, and no call at sigma = 0. For "rk4" it is Heun's third-order rule.
 FINAL_STEP = {"heun": RUNGE_KUTTA["euler"], "rk4": ((1 / 3,), (0.0, 2 / 3), (1 / 4, 0.0, 3 / 4))}
-ADAMS_BASHFORTH = {"ab2": 2, "ab3": 3}  # solver to order
-ODE_SOLVERS = (*RUNGE_KUTTA, *ADAMS_BASHFORTH, "multistep")
+# Number of predictions, and whether the prediction at the end of a step corrects that step.
+ADAMS = {"ab2": (2, False), "ab3": (3, False), "abm3": (3, True), "abm4": (4, True)}
+ODE_SOLVERS = (*RUNGE_KUTTA, *ADAMS, "multistep")
 SDE_SOLVERS = ("euler", "heun")
 DIFFUSION_FORMS = ("constant", "sigma", "linear", "decreasing", "increasing-decreasing", "sbdm")
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
@@ -379,9 +381,12 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return np.linspace(1, end + (1 - end) / num_steps, num_steps)
 
     def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
-        """Whether a grid may start at sigma = 1 and may end at sigma = 0."""
-        a_is_zero = self.config.path != "vp"
-        return not (a_is_zero and self.config.prediction_type in ("epsilon", "score")), True
+        """Whether what the solver needs follows from a prediction at sigma = 1, and at sigma = 0 where it asks there."""
+        return self.config.path == "vp" or self.config.prediction_type in ("velocity", "sample"), True
+
+    def _final_rule(self, rule: tuple, end: float) -> tuple:
+        """The Runge-Kutta rule of the last step of the grid, which goes to `end`."""
+        return rule
 
     def _flip_time(self, sigmas):
         """From the noise level to the time of the model with `invert_sigmas`, and back."""
@@ -602,6 +607,7 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
     | `"midpoint"` | 2 | 2N |
     | `"rk4"`: Kutta's 3/8 rule, as in torchdiffeq | 4 | 4N - 1; the last step is Heun's third-order rule |
     | `"ab2"`, `"ab3"`: Adams-Bashforth with variable steps | 2, 3 | N |
+    | `"abm3"`, `"abm4"`: Adams-Bashforth, each step corrected (Adams-Moulton) by the prediction at its end | 3 | N |
     | `"multistep"`: exponential, on predictions of the data | `solver_order` | N |
 
     The model is never asked at sigma = 0: a last step that ends there takes a rule of one order less, which does not
@@ -611,8 +617,9 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
     d(x / b) = data d(a / b) exactly, as the exponential integrators of
     [arXiv 2204.13902](https://huggingface.co/papers/2204.13902) do; in reverse, d(x / a) = noise d(b / a).
     The multistep methods start at order 1. While fewer predictions than their order are there, each new one also
-    corrects the steps before it, by the integral of the better polynomial over them: the order holds from the first
-    step on without additional calls.
+    corrects the steps before it, by the integral of the better polynomial over them: orders 2 and 3 hold from the
+    first step on without additional calls. ("abm4" has four predictions; its start leaves it order 3, with a smaller
+    constant.)
 
     Between the calls the state keeps the precision that rounding to the dtype of the model takes from what `step`
     returns, at least float32. Where the caller changes the sample between two steps, the change counts.
@@ -772,9 +779,9 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
             if stage == len(self._rules[step]) - 1:
                 self._start = None
         else:
-            order = ADAMS_BASHFORTH.get(self.config.solver, self.config.solver_order)
-            self._history = [*self._history, prediction][-order:]
-            scale, weights = self._multistep_weights(end)
+            order, corrects = ADAMS.get(self.config.solver, (self.config.solver_order, False))
+            self._history = [*self._history, prediction][-(order + corrects) :]
+            scale, weights = self._multistep_weights(order, corrects, end)
             state = sample if scale == 1 else scale * sample
         for weight, prediction in zip(weights, self._history, strict=True):
             if weight != 0:
@@ -782,20 +789,24 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
         prev_sample = self._end_call(state, model_output.dtype)
         return FlowMatchODESchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
-    def _multistep_weights(self, end: float) -> tuple[float, list[float]]:
-        """`scale` and `weights` such that x(end) = scale * x + sum of weights * predictions."""
+    def _multistep_weights(self, order: int, corrects: bool, end: float) -> tuple[float, list[float]]:
+        """`scale` and `weights` such that x(end) = scale * x + sum of weights * history."""
         nodes = self._call_sigmas[: self._step_index + 1][-len(self._history) :]
-        scale = self._flow_factor(end) / self._flow_factor(nodes[-1])
-        # All predictions so far are at hand: integrate anew from the first on, less what the last step had.
-        is_whole = self._step_index - self._first_index == len(nodes) - 1
-        weights = self._integral(nodes, nodes[0] if is_whole else nodes[-1], end)
-        if is_whole and len(nodes) > 1:
-            weights[:-1] -= scale * self._integral(nodes[:-1], nodes[0], nodes[-1])
+        now, start = nodes[-1], nodes[-1]
+        if self._step_index - self._first_index < order:
+            start = nodes[0]  # all predictions so far are at hand: integrate anew from the first on
+        elif corrects:
+            start = nodes[-2]
+        scale = self._flow_factor(end) / self._flow_factor(now)
+        weights = np.zeros(len(nodes))
+        weights[-order:] = self._integral(nodes[-order:], start, end)
+        if start != now:  # what x has of it already, by the polynomial of the last step
+            weights[:-1][-order:] -= scale * self._integral(nodes[:-1][-order:], start, now)
         return scale, weights.tolist()
 
     def _flow_factor(self, sigma: float) -> float:
         """x divided by this changes by the integral of the predictions alone."""
-        if self.config.solver in ADAMS_BASHFORTH:
+        if self.config.solver in ADAMS:
             return 1.0
         coefficients = self.path.coefficients(self._flip_time(sigma))
         return (coefficients.a if self._reverse else coefficients.b).item()
@@ -809,7 +820,7 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
         nothing in it is infinite where f(end) = 0.
         """
         powers = np.arange(len(nodes))
-        if self.config.solver in ADAMS_BASHFORTH:
+        if self.config.solver in ADAMS:
             moments = (end - start) / (powers + 1)
         else:
             sigmas = torch.tensor([start, end, *(start + (end - start) * _NODES)], dtype=torch.float64)
@@ -834,3 +845,208 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
         sigmas = self.sigmas.to(sample.device)[:, None, None]
         following = (sigmas * (sigmas < current[None] - 1e-6)).amax(dim=0)
         return sample + (current - following)[..., None] * model_output
+
+
+class FlowMatchSDEScheduler(_FlowMatchScheduler):
+    r"""
+    Integrates the reverse-time SDE of a flow-matching model from noise to data: the flow of
+    [`FlowMatchODEScheduler`], and noise that is drawn and removed on the way
+    ([SiT](https://huggingface.co/papers/2401.08740), eq. 4 and table 1),
+
+    dx = (-v + D score) ds + sqrt(2 D) dW as sigma falls by ds, with D(sigma) >= 0 by `diffusion_form`:
+
+    | `diffusion_form` | D / `diffusion_norm` |
+    |---|---|
+    | `"constant"` | 1 |
+    | `"sigma"` | b(sigma) |
+    | `"linear"` | sigma |
+    | `"decreasing"` | (1 - cos(pi sigma))^2 / 4, from 1 at the noise to 0 (with another norm n: (1 - n cos(pi sigma))^2 / 4) |
+    | `"increasing-decreasing"` | sin(pi sigma)^2 |
+    | `"sbdm"` | b b' - b^2 a' / a: the diffusion whose forward process has no drift but x a' / a |
+
+    Every D >= 0 has the same distributions at all sigma. A step of size h wants h D / b^2 below 2; "constant" near the
+    data with a norm of order 1 is beyond it.
+
+    The grid of N steps runs from 1 to `last_step_size`, from where one last step without noise goes to sigma = 0.
+    `timesteps` has one entry a model call, as with the ODE: N for `solver` "euler" (Euler-Maruyama), 2N - 1 for "heun"
+    (the trapezoidal rule with the noise of the step in its second stage: weak order 2).
+
+    Args:
+        num_train_timesteps (`int`, defaults to `1000`): as in [`FlowMatchODEScheduler`].
+        shift (`float`, defaults to `1.0`): as in [`FlowMatchODEScheduler`].
+        use_dynamic_shifting (`bool`, defaults to `False`): as in [`FlowMatchODEScheduler`].
+        base_shift (`float`, defaults to `0.5`): as in [`FlowMatchODEScheduler`].
+        max_shift (`float`, defaults to `1.15`): as in [`FlowMatchODEScheduler`].
+        base_image_seq_len (`int`, defaults to `256`): as in [`FlowMatchODEScheduler`].
+        max_image_seq_len (`int`, defaults to `4096`): as in [`FlowMatchODEScheduler`].
+        time_shift_type (`str`, defaults to `"exponential"`): as in [`FlowMatchODEScheduler`].
+        solver (`str`, defaults to `"euler"`): `"euler"` or `"heun"`.
+        path (`str`, defaults to `"linear"`): `"linear"`, `"gvp"` or `"vp"`, see [`FlowMatchPath`].
+        prediction_type (`str`, defaults to `"velocity"`): as in [`FlowMatchODEScheduler`].
+        diffusion_form (`str`, defaults to `"sigma"`): a form of the table.
+        diffusion_norm (`float`, defaults to `1.0`): factor of D, at least 0; 0 leaves the ODE.
+        last_step (`str`, defaults to `"mean"`):
+            The step to sigma = 0: `"mean"` is the step of the SDE without its noise, `"euler"` that of the ODE,
+            `"tweedie"` the mean of the data given x. `"none"` has all N steps with noise and ends at `sigma_min`, or
+            0.001.
+        last_step_size (`float`, defaults to `0.04`):
+            Where the last step of the default grid starts, after the shift, in (0, 1). A grid of the caller's own has
+            it at its last entry.
+        sigma_min (`float`, *optional*): where the grid ends, in [0, 1). None stands for 0, with `"none"` for 0.001.
+        shift_terminal (`float`, *optional*): as in [`FlowMatchODEScheduler`], instead of `last_step_size`.
+        use_karras_sigmas (`bool`, defaults to `False`): as in [`FlowMatchODEScheduler`].
+        use_exponential_sigmas (`bool`, defaults to `False`): as in [`FlowMatchODEScheduler`].
+        use_beta_sigmas (`bool`, defaults to `False`): as in [`FlowMatchODEScheduler`].
+        invert_sigmas (`bool`, defaults to `False`): as in [`FlowMatchODEScheduler`].
+
+    Raises:
+        `ValueError`: on an unknown solver, one of the ODE's among them, path, prediction, diffusion form or last step,
+            and on a value out of its range.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: str = "exponential",
+        solver: str = "euler",
+        path: str = "linear",
+        prediction_type: str = "velocity",
+        diffusion_form: str = "sigma",
+        diffusion_norm: float = 1.0,
+        last_step: str = "mean",
+        last_step_size: float = 0.04,
+        sigma_min: float | None = None,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        invert_sigmas: bool = False,
+    ):
+        if solver in ODE_SOLVERS and solver not in SDE_SOLVERS:
+            raise ValueError(
+                f"`solver`={solver!r} draws no noise: it is a solver of FlowMatchODEScheduler. Use one of "
+                f"{', '.join(map(repr, SDE_SOLVERS))} here, by `from_config(config, solver='euler')` if the config is "
+                "another scheduler's."
+            )
+        _check_choice("diffusion_form", diffusion_form, DIFFUSION_FORMS)
+        _check_choice("last_step", last_step, LAST_STEPS)
+        if not diffusion_norm >= 0:
+            raise ValueError(f"`diffusion_norm`={diffusion_norm} must be at least 0.")
+        if not 0 < last_step_size < 1:
+            raise ValueError(
+                f"`last_step_size`={last_step_size} must be in (0, 1). For no last step, `last_step`='none'."
+            )
+        self._setup(SDE_SOLVERS)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """
+        Sets the grid of the next trajectory. Exactly one of the number of steps, `sigmas` and `timesteps` defines it;
+        the number may be repeated beside one of the others.
+
+        Args:
+            num_inference_steps (`int`, *optional*): steps on the default grid, the last step among them.
+            device (`str` or `torch.device`, *optional*): where `timesteps` go. `sigmas` stay on the CPU.
+            sigmas (`list[float]`, *optional*): as in [`FlowMatchODEScheduler.set_timesteps`].
+            mu (`float`, *optional*): as in [`FlowMatchODEScheduler.set_timesteps`].
+            timesteps (`list[float]`, *optional*): as in [`FlowMatchODEScheduler.set_timesteps`].
+
+        Raises:
+            `ValueError`: on a grid that is empty, out of range, not decreasing, or given twice, and on a config from
+                another scheduler that asks for what this one does not do.
+        """
+        self._set_grid(num_inference_steps, device, sigmas, mu, timesteps)
+
+    def _default_grid(self, num_steps: int, mu: float | None) -> np.ndarray:
+        if self.config.last_step == "none":
+            return super()._default_grid(num_steps, mu)
+        # The shift multiplies the odds sigma / (1 - sigma); at the end of the grid it must give `last_step_size`.
+        factor = self.shift if mu is None else math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+        odds = self.config.last_step_size / (1 - self.config.last_step_size) / factor
+        return np.linspace(1, odds / (1 + odds), num_steps)
+
+    def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
+        has_finite_diffusion = self.config.diffusion_form != "sbdm" or self.config.path == "vp"
+        return super()._finite_ends(reverse)[0] and has_finite_diffusion, self.config.last_step != "none"
+
+    def _final_rule(self, rule: tuple, end: float) -> tuple:
+        return rule if self.config.last_step == "none" else RUNGE_KUTTA["euler"]
+
+    def _diffusion(self, sigma: float) -> float:
+        """D at a noise level."""
+        c, norm = self.path.coefficients(sigma), self.config.diffusion_norm
+        return {
+            "constant": lambda: norm,
+            "sigma": lambda: norm * c.b.item(),
+            "linear": lambda: norm * sigma,
+            "decreasing": lambda: (1 - norm * math.cos(math.pi * sigma)) ** 2 / 4,
+            "increasing-decreasing": lambda: norm * math.sin(math.pi * sigma) ** 2,
+            "sbdm": lambda: norm * (c.b_db - c.b**2 * c.da / c.a).item(),
+        }[self.config.diffusion_form]()
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchSDESchedulerOutput | tuple[torch.Tensor]:
+        """
+        Takes the result of one model call and returns the input of the next.
+
+        Args:
+            model_output (`torch.Tensor`): what the model predicts at `timestep` and `sample`.
+            timestep (`float` or `torch.Tensor`): as in [`FlowMatchODEScheduler.step`].
+            sample (`torch.Tensor` with the shape of `model_output`): the model's input.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Draws the noise; a list has one for each sample of the batch.
+            return_dict (`bool`, defaults to `True`): return a `FlowMatchSDESchedulerOutput` instead of a tuple.
+
+        Returns:
+            [`FlowMatchSDESchedulerOutput`] or a tuple that holds `prev_sample`, in the dtype of `model_output`;
+            computed in float32, or float64 where `sample` is.
+
+        Raises:
+            `ValueError`: before `set_timesteps`, after the last call, and for a `timestep` that is not on the grid or
+                out of order.
+        """
+        step, stage, sample = self._begin_call(timestep, sample)
+        start, end = (self._flip_time(self.sigmas[i].item()) for i in (step, step + 1))
+        size = start - end
+        velocity = self._convert(model_output, sample, self._step_index, "velocity")
+        last_step = self.config.last_step if step == self.num_inference_steps - 1 else "none"
+        if last_step == "tweedie":
+            state = self._convert(model_output, sample, self._step_index, "sample")
+        elif last_step == "euler":
+            state = sample - size * velocity
+        else:
+            diffusion = self._diffusion(end if stage else start)
+            drift = diffusion * self._convert(model_output, sample, self._step_index, "score") - velocity
+            if stage == 1:
+                first_state, first_drift, noise = self._start
+                state, self._start = first_state + size / 2 * (first_drift + drift) + noise, None
+            else:
+                state = sample + size * drift
+                if last_step == "none":
+                    if self.config.solver == "heun":  # the noise of both ends, for weak order 2
+                        diffusion = (diffusion + self._diffusion(end)) / 2
+                    noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+                    noise = math.sqrt(2 * diffusion * size) * noise
+                    self._start = (sample, drift, noise) if self.config.solver == "heun" else None
+                    state = state + noise
+        prev_sample = self._end_call(state, model_output.dtype)
+        return FlowMatchSDESchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)

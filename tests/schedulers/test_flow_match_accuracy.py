@@ -8,7 +8,7 @@ import torch
 
 from diffusers_dyna import FlowMatchODEScheduler, FlowMatchPath
 
-from .mixtures import Gaussian, reference_mixture
+from .mixtures import reference_mixture
 
 
 PATHS = {"linear": "Linear", "gvp": "GVP", "vp": "VP"}  # ours to SiT's

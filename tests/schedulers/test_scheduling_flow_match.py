@@ -20,7 +20,7 @@ from diffusers_dyna.schedulers import FlowMatchODESchedulerOutput
 from ..testing_utils import logged_warnings, randn
 
 
-SOLVERS = ["euler", "heun"]
+SOLVERS = ["euler", "heun", "midpoint", "rk4", "ab2", "ab3", "abm3", "abm4", "multistep"]
 SHAPE = (4, 3, 8, 8)
 
 
