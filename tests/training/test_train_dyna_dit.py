@@ -291,6 +291,13 @@ class TestResume:
         assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
         first = read_log(tmp_path / "whole")[0]  # both are the same model still, at a budget of 1
         assert first["loss"] == pytest.approx(2 * first["diffusion_loss"], rel=1e-4)
+        # A small gamma cuts every ratio, and is a factor of all weights.
+        for gamma in (1e-4, 2e-4):
+            run_here(tmp_path / str(gamma), max_train_steps=1, snr_gamma=gamma, **options)
+        one, two = (read_log(tmp_path / str(gamma))[0] for gamma in (1e-4, 2e-4))
+        for name in ("diffusion_loss", "loss"):
+            assert two[name] == pytest.approx(2 * one[name], rel=1e-2)
+
         options |= {"static": True, "complete_loss_steps": 0, "learning_rate": 3e-3}
         run_here(tmp_path / "static", max_train_steps=40, **options)
         losses = [line["loss"] for line in read_log(tmp_path / "static")]

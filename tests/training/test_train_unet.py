@@ -400,6 +400,14 @@ class TestForms:
         losses = [line["loss"] for line in read_log(tmp_path / "whole")]
         assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
+    def test_weights_count(self, run_here, tmp_path):
+        """A small gamma cuts every ratio, and is a factor of all weights."""
+        for gamma in (1e-4, 2e-4):
+            options = {"max_train_steps": 1, "num_validation_images": 0, "weighting_scheme": "min_snr"}
+            run_here(tmp_path / str(gamma), snr_gamma=gamma, **options)
+        one, two = (read_log(tmp_path / str(gamma))[0]["loss"] for gamma in (1e-4, 2e-4))
+        assert two == pytest.approx(2 * one, rel=1e-2)
+
     def test_pairs_depend_on_the_micro_batch_and_on_nothing_else(self, run_here, tmp_path):
         options = {"coupling": "ot", "dropout": 0.0, "lr_scheduler": "constant", "num_validation_images": 0}
         run_here(tmp_path / "one", max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=8, **options)
