@@ -130,7 +130,7 @@ def flow_log_likelihood(
 ) -> FlowLikelihoodOutput:
     r"""
     The likelihood of data under a flow, by the instantaneous change of variables (FFJORD,
-    [arXiv 1810.01367](https://huggingface.co/papers/1810.01367), equation 4;
+    [arXiv 1810.01367](https://huggingface.co/papers/1810.01367);
     [arXiv 2011.13456](https://huggingface.co/papers/2011.13456), equation 39):
 
         log p(x(0)) = log N(x(1); 0, prior_std^2) + integral over sigma from 0 to 1 of div v(x(sigma), sigma)

@@ -89,7 +89,7 @@ def sample_sigmas(
     | `"cosmap"` | 1 - 1 / (tan(pi u / 2) + 1) | section 3.1; density 2 / (pi (1 - 2 sigma + 2 sigma^2)) |
     | `"stratified"` | u | exactly one sample of the global batch in each of its `total_batch_size` equal intervals |
 
-    `time_shift` moves any of them to time_shift * sigma / (1 + (time_shift - 1) * sigma) (section 5.3.2, equation 23).
+    `time_shift` moves any of them to time_shift * sigma / (1 + (time_shift - 1) * sigma) (equation 23).
 
     Args:
         time_sampling (`str`): a name of the table.
@@ -189,7 +189,7 @@ def loss_weights(
     | `"none"` | 1 | everything |
     | `"sigma_sqrt"` ([`~diffusers.training_utils.compute_loss_weighting_for_sd3`]) | sigma^-2, with sigma at least 0.001, the smallest one of diffusers' scripts | velocity on the linear path |
     | `"cosmap"` (the same; SD3, [arXiv 2403.03206](https://huggingface.co/papers/2403.03206), section 3.1) | 2 / (pi (1 - 2 sigma + 2 sigma^2)): the density of the times of that name | velocity on the linear path |
-    | `"min_snr"` ([arXiv 2303.09556](https://huggingface.co/papers/2303.09556), equation 6) | min(SNR, snr_gamma) of the error of the data that the prediction stands for | everything |
+    | `"min_snr"` ([arXiv 2303.09556](https://huggingface.co/papers/2303.09556)) | min(SNR, snr_gamma) of the error of the data that the prediction stands for | everything |
 
     With x = a data + b noise, the SNR is (a / b)^2. An error e of the noise is an error b e / a of the data, so that
     min-SNR weighs it with min(SNR, snr_gamma) / SNR, as in the paper; an error e of the velocity is one of
@@ -252,10 +252,10 @@ def optimal_coupling(
 ) -> torch.Tensor:
     """
     Which noise goes with which data such that the sum of their squared Euclidean distances is the smallest: minibatch
-    optimal transport (OT-CFM, [arXiv 2302.00482](https://huggingface.co/papers/2302.00482), section 4.2;
-    [arXiv 2304.14772](https://huggingface.co/papers/2304.14772), section 4), solved exactly. Every noise is used
-    once, so the batch stays a batch of the same data and the same noise. (torchcfm has the same plan, but draws pairs
-    from it with replacement.)
+    optimal transport (OT-CFM, [arXiv 2302.00482](https://huggingface.co/papers/2302.00482); BatchOT,
+    [arXiv 2304.14772](https://huggingface.co/papers/2304.14772)), solved exactly. Every noise is used once, so the batch
+    stays a batch of the same data and the same noise. (torchcfm has the same plan, but draws pairs from it with
+    replacement.) It is a function of the batch at hand: batches of another size have other pairs.
 
     With `class_labels`, pairs are formed within each class only. Across classes, the noise of a class would no longer
     be standard normal, while sampling starts every class from standard normal noise
