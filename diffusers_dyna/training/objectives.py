@@ -140,8 +140,8 @@ def sample_sigmas(
 def sigmas_to_timesteps(scheduler: SchedulerMixin, sigmas: torch.Tensor) -> torch.Tensor:
     """
     The times that the model is given: continuous for flow matching, one of the discrete steps for DDPM. On the path
-    "vp" the levels are squeezed into [0.001, 1], since its velocity has no bound toward the data; no grid of the scheduler
-    asks for anything below but on purpose.
+    "vp" the levels are squeezed into [0.001, 1], since its velocity has no bound toward the data; the scheduler's grids
+    keep off it as well.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]): from [`make_training_scheduler`].

@@ -152,6 +152,18 @@ class TestIntegrateFlow:
         assert (sample - noise).abs().max() > 0.5
         torch.testing.assert_close(output.sample, sample, atol=1e-3, rtol=0)
 
+    def test_the_dynamic_transformer_skips(self):
+        model, seen = tiny_dyna_dit(learn_sigma=False), []
+
+        def velocity(x, timestep):
+            output = model(x, timestep, torch.tensor([1, 2]), output_masks=True)
+            seen.append(output.compute_ratio.mean().item())
+            return output.sample
+
+        output = integrate_flow(velocity, randn(2, 4, 8, 8), 1e-2, 1e-2, **QUIET)
+        assert output.sample.isfinite().all() and output.nfe == len(seen)
+        assert sum(seen) / len(seen) < 0.95
+
 
 class TestLogLikelihood:
     @pytest.mark.parametrize("path", PATHS)
