@@ -85,7 +85,7 @@ $(VENV)/.demo: $(VENV)/.torch $(REQUIREMENTS)
 
 $(VENV)/.dev: $(VENV)/.torch $(REQUIREMENTS)
 	@echo "Installing diffusers-dyna with every extra"
-	@$(PY) $(PIP) --constraint constraints.txt --editable ".[train,eval,lora,dev]"
+	@$(PY) $(PIP) --constraint constraints.txt --editable ".[train,eval,lora,ode,dev]"
 	@touch $(VENV)/.lint $(VENV)/.demo $@
 
 $(VENV_FLOOR)/.dev: $(REQUIREMENTS) tools/lower_bounds.py
@@ -94,5 +94,5 @@ $(VENV_FLOOR)/.dev: $(REQUIREMENTS) tools/lower_bounds.py
 	@$(VENV_FLOOR)/bin/python tools/install_torch.py --constraint $(VENV_FLOOR)/constraints.txt
 	@echo "Installing diffusers-dyna with its lower bounds"
 	@$(VENV_FLOOR)/bin/python $(PIP) --constraint $(VENV_FLOOR)/constraints.txt \
-		--editable ".[train,eval,lora,dev]"
+		--editable ".[train,eval,lora,ode,dev]"
 	@touch $@

@@ -11,7 +11,13 @@ from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
 from .pipelines import DynaDiTPipeline, DynaUNetPipeline
-from .schedulers import FlowMatchODEScheduler, FlowMatchPath, FlowMatchSDEScheduler
+from .schedulers import (
+    FlowMatchODEScheduler,
+    FlowMatchPath,
+    FlowMatchSDEScheduler,
+    flow_log_likelihood,
+    integrate_flow,
+)
 
 
 __version__ = "0.1.0.dev0"
@@ -24,6 +30,8 @@ __all__ = [
     "FlowMatchODEScheduler",
     "FlowMatchPath",
     "FlowMatchSDEScheduler",
+    "flow_log_likelihood",
+    "integrate_flow",
 ]
 
 

@@ -38,7 +38,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
@@ -248,7 +247,13 @@ def main(args: argparse.Namespace) -> None:
     if args.sort_by_importance and run.checkpoint is None:
         sort_by_importance(transformer)
     scheduler = objectives.make_training_scheduler(
-        args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule, args.learn_sigma, in_latents=vae is not None
+        args.objective,
+        args.ddpm_num_steps,
+        args.ddpm_beta_schedule,
+        args.learn_sigma,
+        in_latents=vae is not None,
+        path=args.path,
+        prediction_type=args.prediction_type,
     )
     if vae is not None:
         source = latents.build_latent_cache(
@@ -351,7 +356,7 @@ def main(args: argparse.Namespace) -> None:
                     prediction, variance = output.sample.float(), None
                     if args.learn_sigma:
                         prediction, variance = prediction.chunk(2, dim=1)
-                    loss = F.mse_loss(prediction, batch.target.float())
+                    loss = objectives.mse_loss(prediction, batch.target, batch.loss_weights)
                     if args.learn_sigma:
                         loss = loss + objectives.variational_bound(
                             scheduler, prediction.detach(), variance, batch.sample, batch.noisy_sample, batch.timesteps

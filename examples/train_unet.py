@@ -36,7 +36,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from accelerate.utils import set_seed
 
@@ -136,7 +135,13 @@ def main(args: argparse.Namespace) -> None:
     transform = data.ImageTransform(resolution, source.channels, args.center_crop, args.random_flip)
     set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
     unet = make_unet(args, source, resolution)
-    scheduler = objectives.make_training_scheduler(args.objective, args.ddpm_num_steps, args.ddpm_beta_schedule)
+    scheduler = objectives.make_training_scheduler(
+        args.objective,
+        args.ddpm_num_steps,
+        args.ddpm_beta_schedule,
+        path=args.path,
+        prediction_type=args.prediction_type,
+    )
 
     # 2. Model, optimizer, averages, data
     run.start(
@@ -160,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
                     batch.class_labels,
                     class_dropout_mask=batch.class_dropout_mask,
                 ).sample
-                loss = F.mse_loss(prediction.float(), batch.target.float())
+                loss = objectives.mse_loss(prediction, batch.target, batch.loss_weights)
                 accelerator.backward(loss)
                 loss_sum += loss.detach()
                 run.optimizer_step(step)

@@ -75,7 +75,7 @@ def test_registered_with_diffusers():
     assert diffusers_dyna.SchedulerMixin is diffusers.SchedulerMixin
     public = {name: getattr(diffusers_dyna, name) for name in diffusers_dyna.__all__}
     classes = {name: value for name, value in public.items() if isinstance(value, type)}
-    assert public.keys() - classes.keys() == {"DYNA_DIT_CONFIGS"}
+    assert public.keys() - classes.keys() == {"DYNA_DIT_CONFIGS", "flow_log_likelihood", "integrate_flow"}
     for name, cls in classes.items():
         assert getattr(diffusers, name) is cls
     assert "ModelMixin" in ALL_IMPORTABLE_CLASSES
@@ -123,7 +123,7 @@ def test_fresh_process_is_silent_and_loads_what_was_saved(tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     code = (
         "import sys, diffusers_dyna\n"
-        "assert not {'datasets', 'tensorboard', 'matplotlib'} & set(sys.modules)\n"
+        "assert not {'datasets', 'tensorboard', 'matplotlib', 'torchdiffeq'} & set(sys.modules)\n"
         "from diffusers import DiffusionPipeline\n"
         "from diffusers.utils.logging import disable_progress_bar\n"
         "disable_progress_bar()\n"

@@ -19,7 +19,7 @@ FOLDERS = (PACKAGE, "pipelines", "examples", "tests", "tools")
 # A model or scheduler file must work when copied alone into a Hub repository.
 STANDALONE = {
     f"{PACKAGE}/models": {"torch", "einops", "diffusers"},
-    f"{PACKAGE}/schedulers": {"torch", "numpy", "einops", "diffusers"},
+    f"{PACKAGE}/schedulers": {"torch", "numpy", "einops", "diffusers", "torchdiffeq"},
 }
 OPEN_ENDS = re.compile(r"\b(T[O]DO|FIX[M]E|X[X]X)\b")
 

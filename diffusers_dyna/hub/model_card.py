@@ -52,6 +52,8 @@ OBJECTIVES = {
     "flow": "flow matching: the model predicts the velocity `noise - data`",
     "epsilon": "denoising diffusion: the model predicts the noise",
 }
+# By `prediction_type` of a flow's scheduler.
+PREDICTIONS = {"velocity": "the velocity", "epsilon": "the noise", "score": "the score", "sample": "the data"}
 # The papers that the docstrings of our models name. Those of another objective than the model's are left out.
 PAPERS = {
     "2210.02747": (
@@ -295,7 +297,7 @@ def create_model_card(
         _loading(folder, repo_id, remote_code_revision, facts.get("sample_grid", {})),
         _samples(facts.get("sample_grid", {})),
         _activity(folder),
-        _training(facts),
+        _training(folder, facts),
         _results(facts.get("results", [])),
         _limits(folder, facts),
         _citation(folder, objective, facts.get("citation")),
@@ -428,6 +430,15 @@ def _parameter_count(folder: Path) -> tuple[int, str] | None:
     return (count, dtypes.most_common(1)[0][0]) if count else None
 
 
+def _objective(folder: PipelineFolder, objective: str) -> str:
+    file = folder.path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    path, prediction = config.get("path", "linear"), config.get("prediction_type", "velocity")
+    if objective == "flow" and (path, prediction) != ("linear", "velocity") and prediction in PREDICTIONS:
+        return f"flow matching on the path `{path}`: the model predicts {PREDICTIONS[prediction]}"
+    return OBJECTIVES[objective]
+
+
 def _description(folder: PipelineFolder, objective: str | None) -> str:
     size, num_classes = _image_size(folder), folder.num_classes
     images = f"images of {size} pixels" if size else "images"
@@ -436,7 +447,7 @@ def _description(folder: PipelineFolder, objective: str | None) -> str:
     elif num_classes:
         images += f" of {num_classes:,} classes"
     text = f"A [diffusers](https://github.com/huggingface/diffusers) pipeline that draws {images}"
-    text += f" by {OBJECTIVES[objective]}." if objective else "."
+    text += f" by {_objective(folder, objective)}." if objective else "."
 
     rows = []
     for name, (_, class_name) in folder.components.items():
@@ -560,7 +571,7 @@ def _activity(folder: PipelineFolder) -> str:
     return "## What is computed when\n\n" + "\n\n".join(shown) if shown else ""
 
 
-def _training(facts: dict) -> str:
+def _training(folder: PipelineFolder, facts: dict) -> str:
     rows = []
     dataset = facts.get("dataset", {})
     if dataset.get("name"):
@@ -572,7 +583,7 @@ def _training(facts: dict) -> str:
                 text += ", " + form.format(_number(dataset[key]))
         rows.append(["Data", text])
     if "objective" in facts:
-        rows.append(["Objective", OBJECTIVES[facts["objective"]]])
+        rows.append(["Objective", _objective(folder, facts["objective"])])
     for key, label in (
         ("steps", "Optimiser steps"),
         ("train_batch_size", "Batch size (all processes and accumulation)"),

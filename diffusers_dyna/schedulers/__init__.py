@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from .flow_integration import FlowIntegrationOutput, FlowLikelihoodOutput, flow_log_likelihood, integrate_flow
 from .scheduling_flow_match import (
     FlowMatchODEScheduler,
     FlowMatchODESchedulerOutput,
@@ -10,10 +11,14 @@ from .scheduling_flow_match import (
 
 
 __all__ = [
+    "FlowIntegrationOutput",
+    "FlowLikelihoodOutput",
     "FlowMatchODEScheduler",
     "FlowMatchODESchedulerOutput",
     "FlowMatchPath",
     "FlowMatchPathCoefficients",
     "FlowMatchSDEScheduler",
     "FlowMatchSDESchedulerOutput",
+    "flow_log_likelihood",
+    "integrate_flow",
 ]

@@ -9,8 +9,16 @@ import torch
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..schedulers.scheduling_flow_match import PATHS
 from .data import BUILT_IN_DATASETS
-from .objectives import OBJECTIVES, TIME_SAMPLINGS
+from .objectives import (
+    COUPLINGS,
+    MODE_SCALES,
+    OBJECTIVES,
+    PREDICTION_TYPES,
+    TIME_SAMPLINGS,
+    WEIGHTING_SCHEMES,
+)
 
 
 # These may differ between a run and its continuation: they change neither the weights of a step nor its data.
@@ -94,19 +102,64 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=OBJECTIVES,
         default="flow",
-        help="flow: velocity on the linear path (default); epsilon: the noise of DDPM.",
+        help="flow: flow matching (default); epsilon: the noise of DDPM.",
+    )
+    group.add_argument(
+        "--path",
+        choices=PATHS,
+        default="linear",
+        help="Of --objective flow, from data to noise: linear; gvp, cosine and sine; vp, DDPM's in continuous time. "
+        "Default: linear.",
+    )
+    group.add_argument(
+        "--prediction_type",
+        choices=PREDICTION_TYPES,
+        default="velocity",
+        help="What the model of --objective flow predicts: velocity, epsilon (the noise) or sample (the image). Default: "
+        "velocity.",
     )
     group.add_argument(
         "--time_sampling",
         choices=TIME_SAMPLINGS,
         default="uniform",
-        help="Distribution of the training times in [0, 1], 1 is noise. stratified: uniform, spread evenly over every "
-        "global batch. Default: uniform.",
+        help="Distribution of the training times in [0, 1], 1 is noise. logit_normal, mode, cosmap: SD3's, which prefer "
+        "the middle; stratified: uniform, spread evenly over every global batch. Default: uniform.",
     )
     group.add_argument(
         "--logit_mean", type=float, default=0.0, help="Mean of the logit; positive is more noise. Default: 0."
     )
     group.add_argument("--logit_std", type=float, default=1.0, help="Standard deviation of the logit. Default: 1.")
+    group.add_argument(
+        "--mode_scale",
+        type=float,
+        default=1.29,
+        help="Scale of --time_sampling mode, in [-1, 1.7519]; 0 is uniform, below 0 prefers the ends. Default: 1.29.",
+    )
+    group.add_argument(
+        "--time_shift",
+        type=float,
+        default=1.0,
+        help="Shift the times to s t / (1 + (s - 1) t); above 1 is more noise, as for large images. The grid of the saved "
+        "scheduler is not shifted by it. Default: 1.",
+    )
+    group.add_argument(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        default="none",
+        help="What the error of a sample counts, by its time. sigma_sqrt, cosmap: those of diffusers' scripts, with "
+        "--objective flow; min_snr: the signal-to-noise ratio, up to --snr_gamma, of the error of the data. Default: "
+        "none, all the same.",
+    )
+    group.add_argument("--snr_gamma", type=float, default=5.0, help="Of --weighting_scheme min_snr. Default: 5.")
+    group.add_argument(
+        "--coupling",
+        choices=COUPLINGS,
+        default="independent",
+        help="ot, with --objective flow: noise and images of a micro-batch are paired such that the squared distances are "
+        "smallest, within each class (dropped labels are one), which straightens the paths. It needs scipy, depends on "
+        "--train_batch_size, and does little where a class has few images in a micro-batch. Sample by an ODE then: it "
+        "does not fit SDE samplers. Default: independent.",
+    )
     group.add_argument("--ddpm_num_steps", type=int, default=1000, help="Steps of --objective epsilon. Default: 1000.")
     group.add_argument(
         "--ddpm_beta_schedule",
@@ -235,11 +288,27 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, minimum in (("checkpoints_total_limit", 1), ("ema_warmup_steps", 0), ("resolution", 1)):
         if getattr(args, name) is not None and getattr(args, name) < minimum:
             raise ValueError(f"`--{name}` {getattr(args, name)} must be at least {minimum}.")
-    for name in ("learning_rate", "max_grad_norm", "skip_grad_norm", "logit_std"):
+    for name in ("learning_rate", "max_grad_norm", "skip_grad_norm", "logit_std", "time_shift", "snr_gamma"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"`--{name}` {getattr(args, name)} must be above 0.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"`--ema_decay` {args.ema_decay} must be in [0, 1).")
+    if not MODE_SCALES[0] <= args.mode_scale <= MODE_SCALES[1]:
+        raise ValueError(f"`--mode_scale` {args.mode_scale} must be in [-1, 2 / (pi - 2) = {MODE_SCALES[1]:.4f}].")
+    if args.objective != "flow" and (args.path != "linear" or args.prediction_type != "velocity"):
+        raise ValueError("`--path` and `--prediction_type` are for `--objective flow`.")
+    is_linear_velocity = (args.objective, args.path, args.prediction_type) == ("flow", "linear", "velocity")
+    if args.weighting_scheme in ("sigma_sqrt", "cosmap") and not is_linear_velocity:
+        raise ValueError(
+            f"`--weighting_scheme {args.weighting_scheme}` is for the velocity of `--objective flow` on `--path linear`. "
+            "Use min_snr or none."
+        )
+    if args.coupling == "ot" and args.objective != "flow":
+        raise ValueError(
+            "`--coupling ot` is for `--objective flow`: DDPM's reverse process is right for independent noise only."
+        )
+    if args.coupling == "ot" and importlib.util.find_spec("scipy") is None:
+        raise ValueError("`--coupling ot` needs scipy: `pip install scipy`.")
 
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"`--output_dir` {args.output_dir} is a file. Give a folder, which need not exist.")

@@ -44,6 +44,7 @@ class NoisyBatch:
         timesteps (`torch.Tensor` of shape `(batch_size,)`): times of the samples.
         class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): their classes.
         class_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): whose class is dropped.
+        loss_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): what their errors count; `None` is 1.
     """
 
     indices: list[int]
@@ -53,6 +54,7 @@ class NoisyBatch:
     timesteps: torch.Tensor
     class_labels: torch.Tensor | None
     class_dropout_mask: torch.Tensor | None
+    loss_weights: torch.Tensor | None
 
 
 class TrainingRun:
@@ -144,7 +146,14 @@ class TrainingRun:
     def _timesteps(self, indices) -> torch.Tensor:
         args = self.args
         sigmas = objectives.sample_sigmas(
-            args.time_sampling, args.seed, indices, self.total_batch_size, args.logit_mean, args.logit_std
+            args.time_sampling,
+            args.seed,
+            indices,
+            self.total_batch_size,
+            args.logit_mean,
+            args.logit_std,
+            args.mode_scale,
+            args.time_shift,
         )
         return objectives.sigmas_to_timesteps(self.scheduler, sigmas)
 
@@ -187,6 +196,8 @@ class TrainingRun:
             "total_batch_size": self.total_batch_size,
             **identity,
         }
+        if args.coupling == "ot":
+            self.identity["train_batch_size"] = args.train_batch_size  # another one has other pairs
         self.state = {
             "step": 0,
             "identity": self.identity,
@@ -345,18 +356,30 @@ class TrainingRun:
 
     def _add_noise(self, batch: dict) -> NoisyBatch:
         args, device, indices = self.args, self.accelerator.device, batch["sample_indices"]
-        sample = batch["pixel_values"].to(device)
-        noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:]).to(device)
-        timesteps = self._timesteps(indices).to(device)
-        class_labels = dropout_mask = None
+        class_labels = dropout_mask = condition = None
         if self.source.id2label is not None:
-            class_labels = batch["class_labels"].to(device)
+            class_labels = condition = batch["class_labels"]
             if self.unwrapped.null_class_label is not None:
                 dropout_mask = keyed_uniform(args.seed, "class_dropout", indices)
-                dropout_mask = (dropout_mask < self.unwrapped.config.class_dropout_prob).to(device)
-        noisy_sample = self.scheduler.add_noise(sample, noise, timesteps)
-        target = objectives.training_target(self.scheduler, sample, noise, timesteps)
-        return NoisyBatch(indices, sample, noisy_sample, target, timesteps, class_labels, dropout_mask)
+                dropout_mask = dropout_mask < self.unwrapped.config.class_dropout_prob
+                condition = class_labels.masked_fill(dropout_mask, self.unwrapped.null_class_label)
+                dropout_mask = dropout_mask.to(device)
+            class_labels = class_labels.to(device)
+        sample = batch["pixel_values"]
+        noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:])
+        if args.coupling == "ot":
+            noise = noise[objectives.optimal_coupling(sample, noise, condition)]
+        sample, noise, timesteps = sample.to(device), noise.to(device), self._timesteps(indices).to(device)
+        return NoisyBatch(
+            indices,
+            sample,
+            self.scheduler.add_noise(sample, noise, timesteps),
+            objectives.training_target(self.scheduler, sample, noise, timesteps),
+            timesteps,
+            class_labels,
+            dropout_mask,
+            objectives.loss_weights(args.weighting_scheme, self.scheduler, timesteps, args.snr_gamma),
+        )
 
     def optimizer_step(self, step: int) -> None:
         """

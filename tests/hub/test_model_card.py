@@ -141,6 +141,15 @@ def test_the_objective_decides_tags_and_citation(pipeline_dir):
     assert "the model predicts the noise" in epsilon.text
 
 
+def test_the_path_and_the_prediction_are_the_schedulers(pipeline_dir):
+    text = create_model_card(pipeline_dir, "ada/digits", facts={"objective": "flow"}).text
+    assert text.count("flow matching: the model predicts the velocity `noise - data`") == 2
+    FlowMatchODEScheduler(path="gvp", prediction_type="sample").save_pretrained(pipeline_dir / "scheduler")
+    text = create_model_card(pipeline_dir, "ada/digits", facts={"objective": "flow"}).text
+    assert text.count("flow matching on the path `gvp`: the model predicts the data") == 2
+    assert "noise - data" not in text
+
+
 def test_an_unconditional_model(tmp_path):
     unet = DynaUNet2DModel(
         sample_size=(8, 16),

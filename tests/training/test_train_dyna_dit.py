@@ -281,6 +281,29 @@ class TestResume:
         run(output_dir, resume_from_checkpoint="latest", **options)
         assert_same_run(tmp_path / "whole", output_dir, 40)
 
+    def test_other_times_weights_and_pairs(self, run_here, tmp_path):
+        """The weights count in both of the losses, of the dynamic and of the complete model."""
+        options = {"time_sampling": "mode", "time_shift": 2.0, "weighting_scheme": "min_snr", "coupling": "ot"}
+        options |= {"complete_loss_steps": 20, "num_validation_images": 0, "gradient_accumulation_steps": 2}
+        run_here(tmp_path / "whole", max_train_steps=30, **options)
+        run_here(tmp_path / "parts", max_train_steps=10, **options)
+        run_here(tmp_path / "parts", max_train_steps=30, resume_from_checkpoint="latest", **options)
+        assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
+        first = read_log(tmp_path / "whole")[0]  # both are the same model still, at a budget of 1
+        assert first["loss"] == pytest.approx(2 * first["diffusion_loss"], rel=1e-4)
+        # A small gamma cuts every ratio, and is a factor of all weights.
+        for gamma in (1e-4, 2e-4):
+            run_here(tmp_path / str(gamma), max_train_steps=1, snr_gamma=gamma, **options)
+        one, two = (read_log(tmp_path / str(gamma))[0] for gamma in (1e-4, 2e-4))
+        for name in ("diffusion_loss", "loss"):
+            assert two[name] == pytest.approx(2 * one[name], rel=1e-2)
+
+        options |= {"static": True, "complete_loss_steps": 0, "learning_rate": 3e-3}
+        run_here(tmp_path / "static", max_train_steps=40, **options)
+        losses = [line["loss"] for line in read_log(tmp_path / "static")]
+        assert losses[0] == pytest.approx(first["diffusion_loss"], rel=1e-4)
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
     def test_sorting_happens_once(self, run_here, static_run, dynamic_run, tmp_path):
         """A run that goes on has its routers trained: sorting again would be refused, or worse."""
         options = {"pretrained_model_name_or_path": static_run, "sort_by_importance": True, "num_validation_images": 0}

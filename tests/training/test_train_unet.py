@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +43,15 @@ TINY = {
     "validation_inference_steps": 2,
     "report_to": "none",
 }
+
+
+RECIPES = (
+    {"time_sampling": "mode", "time_shift": 3.0, "weighting_scheme": "cosmap"},
+    {"path": "gvp", "time_sampling": "cosmap", "coupling": "ot", "weighting_scheme": "min_snr"},
+    {"path": "vp", "prediction_type": "sample", "coupling": "ot", "unconditional": True},
+    {"path": "linear", "prediction_type": "epsilon", "time_sampling": "logit_normal", "weighting_scheme": "min_snr"},
+    {"objective": "epsilon", "weighting_scheme": "min_snr", "snr_gamma": 1.0},
+)
 
 
 def command(output_dir, processes=1, **options):
@@ -374,6 +382,49 @@ class TestForms:
         run_here(tmp_path / "parts", max_train_steps=12, resume_from_checkpoint="latest", **options)
         assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
 
+    @pytest.mark.parametrize("options", RECIPES, ids=lambda options: "-".join(map(str, options.values())))
+    def test_other_times_weights_and_pairs_train_and_resume(self, run_here, tmp_path, options):
+        options = {**options, "lr_scheduler": "constant", "checkpointing_steps": 10}
+        run_here(tmp_path / "whole", max_train_steps=40, **options)
+        scheduler = DynaUNetPipeline.from_pretrained(tmp_path / "whole").scheduler  # which has drawn samples
+        if "path" in options:
+            assert scheduler.config.path == options["path"]
+            assert scheduler.config.prediction_type == options.get("prediction_type", "velocity")
+        run_here(tmp_path / "parts", max_train_steps=10, **options)
+        run_here(tmp_path / "parts", max_train_steps=40, resume_from_checkpoint="latest", **options)
+        name = "checkpoint-40/unet/diffusion_pytorch_model.safetensors"
+        assert filecmp.cmp(tmp_path / "whole" / name, tmp_path / "parts" / name, shallow=False)
+        losses = [line["loss"] for line in read_log(tmp_path / "whole")]
+        assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+
+    def test_weights_count(self, run_here, tmp_path):
+        """A small gamma cuts every ratio, and is a factor of all weights."""
+        for gamma in (1e-4, 2e-4):
+            options = {"max_train_steps": 1, "num_validation_images": 0, "weighting_scheme": "min_snr"}
+            run_here(tmp_path / str(gamma), snr_gamma=gamma, **options)
+        one, two = (read_log(tmp_path / str(gamma))[0]["loss"] for gamma in (1e-4, 2e-4))
+        assert two == pytest.approx(2 * one, rel=1e-2)
+
+    def test_pairs_depend_on_the_micro_batch(self, run_here, tmp_path):
+        options = {"num_validation_images": 0, "dropout": 0.0, "lr_scheduler": "constant", "max_train_steps": 2}
+        parts = {"train_batch_size": 8, "gradient_accumulation_steps": 2}
+        run_here(tmp_path / "independent", **options, **parts)
+        run_here(tmp_path / "parts", coupling="ot", **options, **parts)
+        run_here(tmp_path / "whole", coupling="ot", **options)
+        losses = [read_log(tmp_path / name)[0]["loss"] for name in ("independent", "parts", "whole")]
+        assert min(abs(losses[i] - losses[i - 1]) for i in range(3)) > 1e-3
+        options |= {"coupling": "ot", "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+        with pytest.raises(ValueError, match="train_batch_size: 8 in the checkpoint, 16 now"):
+            run_here(tmp_path / "parts", **options)
+
+    @pytest.mark.slow
+    def test_pairs_do_not_depend_on_the_processes(self, tmp_path):
+        options = {"coupling": "ot", "dropout": 0.0, "num_validation_images": 0, "train_batch_size": 8}
+        run(tmp_path / "one", max_train_steps=10, gradient_accumulation_steps=2, **options)
+        run(tmp_path / "two", 2, max_train_steps=10, **options)
+        losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
+        np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
+
     def test_weights_to_start_from(self, script, run_here, whole_run, tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match="`--base_channels`, .* and `--pretrained_model_name_or_path` both define"
@@ -397,12 +448,12 @@ class TestForms:
     def test_a_step_that_is_not_finite_is_skipped(self, script, run_here, tmp_path, monkeypatch):
         losses = []
 
-        def mse_loss(prediction, target):
+        def mse_loss(prediction, target, weights):
             losses.append(0)
             return torch.nn.functional.mse_loss(prediction, target) * (float("nan") if len(losses) == 2 else 1.0)
 
         options = {"num_validation_images": 0, "lr_scheduler": "constant", "checkpointing_steps": 1}
-        monkeypatch.setattr(script, "F", types.SimpleNamespace(mse_loss=mse_loss))
+        monkeypatch.setattr(script.objectives, "mse_loss", mse_loss)
         run_here(tmp_path / "run", max_train_steps=3, **options)
         assert [line["nonfinite_steps"] for line in read_log(tmp_path / "run")] == [0, 1, 1]
         assert read_log(tmp_path / "run")[1]["loss"] is None
@@ -448,6 +499,28 @@ class TestBadInput:
             (["--train_data_dir", "missing"], "`--train_data_dir` missing is not a folder"),
             (["--dataset", "imagenet"], "argument --dataset: invalid choice: 'imagenet'"),
             (["--objective", "score"], "argument --objective: invalid choice: 'score'"),
+            (["--time_sampling", "beta"], "argument --time_sampling: invalid choice: 'beta'"),
+            (["--mode_scale", "1.8"], "`--mode_scale` 1.8 must be in [-1, 2 / (pi - 2) = 1.7519]"),
+            (["--time_shift", "0"], "`--time_shift` 0.0 must be above 0"),
+            (["--snr_gamma", "-1"], "`--snr_gamma` -1.0 must be above 0"),
+            (["--weighting_scheme", "mode"], "argument --weighting_scheme: invalid choice: 'mode'"),
+            (
+                ["--objective", "epsilon", "--weighting_scheme", "sigma_sqrt"],
+                "`--weighting_scheme sigma_sqrt` is for the velocity of `--objective flow` on `--path linear`. Use min_snr",
+            ),
+            (["--path", "gvp", "--weighting_scheme", "cosmap"], "`--weighting_scheme cosmap` is for the velocity"),
+            (
+                ["--prediction_type", "sample", "--weighting_scheme", "cosmap"],
+                "on `--path linear`. Use min_snr or none",
+            ),
+            (
+                ["--objective", "epsilon", "--path", "vp"],
+                "`--path` and `--prediction_type` are for `--objective flow`",
+            ),
+            (["--objective", "epsilon", "--prediction_type", "epsilon"], "are for `--objective flow`"),
+            (["--path", "cosine"], "argument --path: invalid choice: 'cosine'"),
+            (["--prediction_type", "score"], "argument --prediction_type: invalid choice: 'score'"),
+            (["--objective", "epsilon", "--coupling", "ot"], "`--coupling ot` is for `--objective flow`: DDPM's"),
             (["--lr_scheduler", "step"], "argument --lr_scheduler: invalid choice: 'step'"),
         ],
     )
@@ -456,6 +529,12 @@ class TestBadInput:
             script.parse_args(words)
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
+
+    def test_pairs_without_scipy(self, script, capsys, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit):
+            script.parse_args(["--coupling", "ot", "--report_to", "none"])
+        assert "`--coupling ot` needs scipy: `pip install scipy`" in capsys.readouterr().err
 
     def test_publishing_without_a_token(self, script, capsys, monkeypatch, tmp_path):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
