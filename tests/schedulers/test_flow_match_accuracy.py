@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +102,35 @@ def test_order_on_a_mixture(config, order, steps, path):
         errors.append((integrate(scheduler, noise, mixture.velocity) - expected).square().mean().sqrt().item())
     # the order is a limit: at these steps the next terms of the error still show
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("order", [3, 4])
+def test_abm_is_adams_bashforth_moulton(order, path):
+    """Against the textbook form, which keeps the corrected state and the steps' velocities, on an uneven grid."""
+    mixture, _ = reference_mixture(path)
+    scheduler = FlowMatchODEScheduler(path=path, solver=f"abm{order}")
+    scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.7, 0.6, 0.35, 0.2, 0.1])
+    *sigmas, end = scheduler.sigmas.tolist()
+
+    def integral(nodes, start, end):
+        """Of the polynomial through (sigma, velocity), by Lagrange's form and a Gauss-Legendre rule that is exact."""
+        total = 0
+        for point, weight in zip(*np.polynomial.legendre.leggauss(order), strict=True):
+            u = start + (end - start) * (point + 1) / 2
+            for sigma, velocity in nodes:
+                others = [other for other, _ in nodes if other != sigma]
+                factor = math.prod((u - other) / (sigma - other) for other in others)
+                total = total + (end - start) * weight / 2 * factor * velocity
+        return total
+
+    predicted = corrected = noise = randn64(4, 6)
+    nodes = []
+    for i, sigma in enumerate(sigmas):
+        nodes = [*nodes, (sigma, mixture.velocity(predicted, sigma))]
+        if 0 < i < order:  # all steps so far, from the noise on
+            corrected = noise + integral(nodes, sigmas[0], sigma)
+        elif i > 0:
+            corrected = corrected + integral(nodes[-order:], sigmas[i - 1], sigma)
+        predicted = corrected + integral(nodes[-order:], sigma, [*sigmas, end][i + 1])
+    close(integrate(scheduler, noise, mixture.velocity), predicted, atol=1e-5)
