@@ -287,10 +287,10 @@ def test_start_in_the_middle(solver, with_begin_index):
         scheduler.set_begin_index(begin_index)
         assert scheduler.begin_index == begin_index
     actual, calls = run(scheduler, sample, data.velocity, begin_index)
-    assert calls == (80 if solver == "euler" else 159)
+    assert calls == {"heun": 159, "midpoint": 160, "rk4": 319}.get(solver, 80)
     assert scheduler.step_index == len(scheduler.timesteps)
-    # Euler's error at 80 steps of 1/200 is at most 8e-3 of values of order 1, Heun's 7e-5
-    tolerance = 1e-2 if solver == "euler" else 1e-4
+    # Euler's error at 80 steps of 1/200 is at most 8e-3 of values of order 1; of the others, 3e-4
+    tolerance = 1e-2 if solver == "euler" else 4e-4
     torch.testing.assert_close(actual, data.solution(sample, sigma=0.4), rtol=0, atol=tolerance)
 
 
