@@ -50,7 +50,7 @@ from diffusers_dyna.training.loop import describe_environment, write_json
 NFES = (6, 10, 20, 48)
 # The largest error of our best solver on the uniform grid, as a share of the error of the best of diffusers' four.
 TARGETS = {6: 0.6, 10: 0.6, 20: 0.2, 48: 0.2}
-SHIFTS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.5)
+SHIFTS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.5, 4.0)
 SEED, SEARCH_SEED = 0, 1  # of the noise
 # Of the mixture on which the targets were set: 5 components in 6 dimensions.
 MEANS = (
