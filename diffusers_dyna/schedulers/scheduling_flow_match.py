@@ -453,7 +453,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             `ValueError`: if there is neither one time nor one per sample.
         """
-        return self.path.interpolate(sample, noise, self._noise_levels(sample, timestep)).to(sample.dtype)
+        return self.path.interpolate(*self._pair(sample, noise, timestep)).to(sample.dtype)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """[`scale_noise`] under the name and argument order of the other schedulers of diffusers."""
@@ -464,7 +464,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         The velocity of the path at `timesteps`: its derivative with respect to sigma, `noise - sample` on "linear".
         With `invert_sigmas`, the derivative with respect to 1 - sigma.
         """
-        velocity = self.path.velocity(sample, noise, self._noise_levels(sample, timesteps)).to(sample.dtype)
+        velocity = self.path.velocity(*self._pair(sample, noise, timesteps)).to(sample.dtype)
         return -velocity if self.config.invert_sigmas else velocity
 
     def get_target(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -486,10 +486,11 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             return self.get_velocity(sample, noise, timesteps)
         if prediction_type == "sample":
             return sample
-        sigma = self._noise_levels(sample, timesteps)
-        return self.path.convert(noise, sample, sigma, "epsilon", prediction_type).to(sample.dtype)
+        data, noise, sigma = self._pair(sample, noise, timesteps)
+        return self.path.convert(noise, data, sigma, "epsilon", prediction_type).to(sample.dtype)
 
-    def _noise_levels(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+    def _pair(self, sample: torch.Tensor, noise: torch.Tensor, timestep: float | torch.Tensor) -> tuple:
+        """Data and noise in at least float32, and their noise levels."""
         dtype = torch.promote_types(sample.dtype, torch.float32)
         timestep = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
         if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, len(sample))):
@@ -497,7 +498,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 f"`timestep` must be one time or one per sample, shape ({len(sample)},), but has shape "
                 f"{tuple(timestep.shape)}."
             )
-        return self._flip_time(timestep / self.config.num_train_timesteps)
+        return sample.to(dtype), noise.to(dtype), self._flip_time(timestep / self.config.num_train_timesteps)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Returns `sample`: the model takes the state as it is."""
@@ -866,6 +867,8 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
 
     Every D >= 0 has the same distributions at all sigma. A step of size h wants h D / b^2 below 2; "constant" near the
     data with a norm of order 1 is beyond it.
+
+    A pipeline that gives `step` no generator, as those of Stable Diffusion 3 and Flux, draws from torch's global one.
 
     The grid of N steps runs from 1 to `last_step_size`, from where one last step without noise goes to sigma = 0.
     `timesteps` has one entry a model call, as with the ODE: N for `solver` "euler" (Euler-Maruyama), 2N - 1 for "heun"

@@ -38,7 +38,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
+from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler, FlowMatchSDEScheduler
 from diffusers_dyna.pipelines import DynaDiTPipelineOutput
 
 from ..testing_utils import UNCONDITIONAL, logged_warnings, randn
@@ -65,6 +65,9 @@ LATENT = {"in_channels": 4}
 FLOW_SCHEDULERS = {
     "ODE Euler": lambda: FlowMatchODEScheduler(shift=2.0),
     "ODE Heun": lambda: FlowMatchODEScheduler(solver="heun"),
+    "ODE Runge-Kutta": lambda: FlowMatchODEScheduler(solver="rk4"),
+    "ODE Adams": lambda: FlowMatchODEScheduler(solver="abm3"),
+    "SDE": lambda: FlowMatchSDEScheduler(),
     "FlowMatchEulerDiscrete": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "FlowMatchHeunDiscrete": lambda: FlowMatchHeunDiscreteScheduler(),
     "DPM++ flow": lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),

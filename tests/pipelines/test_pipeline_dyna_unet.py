@@ -31,7 +31,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline, FlowMatchODEScheduler
+from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline, FlowMatchODEScheduler, FlowMatchSDEScheduler
 
 from ..testing_utils import UNCONDITIONAL, logged_warnings, randn, tiny_unet
 
@@ -43,6 +43,9 @@ LABELS = {0: "cat, tabby", 1: "dog", 2: "bird, dog house"}
 FLOW_SCHEDULERS = {
     "ODE Euler": lambda: FlowMatchODEScheduler(shift=2.0),
     "ODE Heun": lambda: FlowMatchODEScheduler(solver="heun"),
+    "ODE Runge-Kutta": lambda: FlowMatchODEScheduler(solver="rk4"),
+    "ODE Adams": lambda: FlowMatchODEScheduler(solver="abm3"),
+    "SDE": lambda: FlowMatchSDEScheduler(),
     "FlowMatchEulerDiscrete": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "FlowMatchHeunDiscrete": lambda: FlowMatchHeunDiscreteScheduler(),
     "DPM++ flow": lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
