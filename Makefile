@@ -42,8 +42,9 @@ quality: $(VENV)/.lint ## Check format, lint, docstrings and the rules of CONTRI
 	$(PY) tools/check_docstrings.py diffusers_dyna pipelines
 	$(PY) tools/check_rules.py
 
-bench: $(VENV)/.dev ## Measure the speed of the models
+bench: $(VENV)/.dev ## Measure the speed of the models and the accuracy of the schedulers
 	$(PY) examples/benchmark.py
+	$(PY) examples/benchmark_schedulers.py
 
 wheel-check: $(VENV)/.dev ## Build sdist and wheel, import every module from the installed wheel
 	$(PY) tools/check_wheel.py

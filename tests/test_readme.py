@@ -13,6 +13,14 @@ import PIL.Image
 import pytest
 import torch
 
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
 from .conversion.test_convert_dit import random_state
 from .hub.loopback_hub import LoopbackHub
 
@@ -39,6 +47,31 @@ def test_links_to_files_exist():
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def save_stable_diffusion_3(folder: Path) -> None:
+    """A pipeline of the same classes with random weights, small enough for a test, without the third text encoder."""
+    characters = list(map(chr, range(33, 127)))
+    tokens = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(
+            block_out_channels=(8,), norm_num_groups=4, latent_channels=4, use_quant_conv=False,
+            use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
+        ),
+        text_encoder=CLIPTextModelWithProjection(config), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config), tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the repository with the data that the README names as the reader's own."""
@@ -59,7 +92,22 @@ def checkout(tmp_path):
     # A file in DiT's layout, of the smallest preset: the one that is named would be 2.7 GB.
     sizes = {"layers": 12, "width": 384, "mlp_width": 1536, "grid": 4, "patch": 8, "rows": 1001}
     torch.save(random_state(**sizes, channels=4, out_channels=8), tmp_path / "DiT-XL-2-256x256.pt")
+    # In the place of a repository of the Hub: a folder of that name comes first.
+    save_stable_diffusion_3(tmp_path / "stabilityai" / "stable-diffusion-3.5-medium")
     return tmp_path
+
+
+def test_the_swap_of_a_scheduler_runs(tmp_path, monkeypatch):
+    """The block that changes the scheduler of a pipeline of diffusers, without waiting for the others."""
+    (block,) = (block for language, block in read_blocks() if "StableDiffusion3Pipeline" in block)
+    save_stable_diffusion_3(tmp_path / "stabilityai" / "stable-diffusion-3.5-medium")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block, scope)
+    assert scope["image"].size == (8, 8)
+    assert scope["pipe"].scheduler.config.solver == "abm3"
+    assert scope["pipe"].scheduler.config.shift == 3.0
+    assert len(scope["pipe"].scheduler.timesteps) == 20
 
 
 @pytest.mark.slow
