@@ -170,13 +170,15 @@ def test_sections(call, capsys):
         assert section["quick"] is True and section["threads"] == torch.get_num_threads()
         assert {"hardware", "versions", "commit"} <= set(section)
     rows = sections["dynamic"]["rows"]
-    assert len(rows) == 3 * 2 * 3 * 2 + 2
+    assert len(rows) == 3 * 2 * 3 * 2 + 4
     for row in rows:
         budget = float(row["what"].removeprefix("dynamic at ").partition(",")[0])
         assert row["compute_ratio"] == pytest.approx(budget, abs=0.05)  # of four of the twenty calls
         assert row["met"] == (row["realised"] >= 1)
         assert row["realised"] == pytest.approx(row["ratio"] * row["compute_ratio"])
         assert row["macs_agree"] and max(row["mixed_widths"]) > 1
+        if "20 of 20 calls" in row["what"]:
+            assert min(row["mixed_widths"]) > 1
 
 
 @pytest.mark.slow

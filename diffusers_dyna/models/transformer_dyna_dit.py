@@ -184,7 +184,11 @@ class DynaLinear(nn.Linear):
         self.dyna_dim = dyna_dim
         self.width_mult = 1.0
         self._cut_weights = None  # while a trajectory is prepared: the store that the layers of the model share
+        self._merged_adapters = ()  # into the weights, through `.data`
         self._traced_weights = None  # in a call of a compiled block: what stands for `groups=COMPILED`
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_cut_weights": None, "_traced_weights": None}
 
     def forward(
         self,
@@ -222,15 +226,19 @@ class DynaLinear(nn.Linear):
     def _dense_weights(self, groups, low_rank) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias for a compiled graph, in which their width is dynamic."""
         get = self._cut if self._cut_weights is None else partial(self._cut_weights.get, self)
-        weight, bias = get(groups, low_rank, self.num_stacked > 1)
+        weight, bias = get(groups, low_rank, self._is_rearranged())
         weight = weight.detach()
-        if not self.dyna_dim[1] and len(groups) < self.num_heads:
+        if not self.dyna_dim[1]:
             weight = weight.t().contiguous().t()  # as the store has them: another layout would be another graph
         torch._dynamo.maybe_mark_dynamic(weight, 0 if self.dyna_dim[1] else 1)
         if self.dyna_dim[1] and bias is not None:
             bias = bias.detach()
             torch._dynamo.maybe_mark_dynamic(bias, 0)
         return weight, bias
+
+    def _is_rearranged(self) -> bool:
+        """Whether a cut to all groups differs from the layer's own weights: by its order, or stored by columns."""
+        return self.num_stacked > 1 or self.dyna_dim[0]
 
     def _cut(self, groups, low_rank, with_full: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -313,11 +321,6 @@ class _CutWeights:
         self.num_slots = {}  # by layer; what is not in here is cut in each call
         self.slots = {}
 
-    def __getstate__(self):
-        """A copy starts without weights."""
-        num_bytes = self.num_bytes - sum(_num_bytes((slots.weight, slots.bias)) for slots in self.slots.values())
-        return {**self.__dict__, "slots": {}, "num_bytes": num_bytes}
-
     def admit(self, num_slots: dict[DynaLinear, int]) -> None:
         """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
         num_bytes = self.num_bytes
@@ -333,10 +336,10 @@ class _CutWeights:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `DynaLinear._cut`; what an earlier call got is no longer valid."""
         is_full = len(groups) == layer.num_heads and not with_full
-        if is_full or len(groups) > self.num_slots.get(layer, 0):
+        if is_full or len(groups) > self.num_slots.get(layer, 0) or _is_captured(layer.weight):
             return layer._cut(groups, low_rank, with_full)
         sources = (layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2]))
-        state = (_signature(sources), *(scale for *_, scale in low_rank))
+        state = (_signature(sources), layer._merged_adapters, *(scale for *_, scale in low_rank))
         slots = self.slots.get(layer)
         if slots is None or slots.state != state:
             # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
@@ -351,19 +354,28 @@ class _CutWeights:
         return slots.cut
 
     def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
-        if slots is not None:
-            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
+        """Memory for a layer, or what it has, emptied."""
         num_slots, is_row = self.num_slots[layer], layer.dyna_dim[1]
         width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
-        weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
-        bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
-        self.slots[layer] = slots = _Slots(weight, bias)
+        if slots is not None and (slots.weight.dtype, slots.weight.device) == (
+            layer.weight.dtype,
+            layer.weight.device,
+        ):
+            slots.groups = ()
+            return slots
+        if slots is not None:
+            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
+            del self.slots[layer], slots
+        with torch.inference_mode(False):  # else nothing could be written there outside of it
+            weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
+            bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
+        self.slots[layer] = _Slots(weight, bias)
         self.num_bytes += _num_bytes((weight, bias))
-        return slots
+        return self.slots[layer]
 
     def _fill(self, slots: _Slots, layer: DynaLinear, groups, low_rank) -> None:
-        is_row, old = layer.dyna_dim[1], slots.groups
-        bias = layer.bias
+        is_row, bias = layer.dyna_dim[1], layer.bias
+        old, slots.groups = slots.groups, ()  # until all of it is there: an error may end the loop
         for place, group in enumerate(groups):
             if place < len(old) and old[place] == group:
                 continue
@@ -376,6 +388,11 @@ class _CutWeights:
             bias = slots.bias[: len(groups)].flatten()
         slots.cut = (weight if is_row else weight.t(), bias)
         slots.groups = groups
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which would read what other calls put into the same memory."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _num_bytes(tensors) -> int:
@@ -599,6 +616,7 @@ def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor
         return None
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as the layer's own forward does
+    layer.base_layer._merged_adapters = tuple(layer.merged_adapters)
     if layer.merged or layer.disable_adapters:
         return []
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -945,27 +963,33 @@ class DynaDiTBlock(nn.Module):
     def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
         """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
         decision, num_tokens = call.decisions[self.layer_idx], hidden_states.shape[1]
-        ranks = None
+        ranks = is_kept = count = None
         if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
-            ranks = torch.arange(count, device=hidden_states.device)
-            torch._dynamo.maybe_mark_dynamic(ranks, 0)
+            num_ranks = min(_fill_up(count, len(hidden_states), hidden_states.device), num_tokens)
+            ranks = torch.arange(num_ranks, device=hidden_states.device)
+            is_kept = (ranks < count)[:, None]
+            for tensor in (ranks, is_kept):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         (_, heads), (_, groups) = decision.heads[0], decision.groups[0]
         layers = self._cut_layers()
-        for layer, active in zip(layers, (heads, heads, groups, groups), strict=True):
-            low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
-            base_layer = _base_layer(layer)
-            base_layer._traced_weights = base_layer._dense_weights(active, low_rank)
         try:
-            hidden_states, selected = forward_traced(hidden_states, modulation, ranks)
+            for layer, active in zip(layers, (heads, heads, groups, groups), strict=True):
+                low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
+                base_layer = _base_layer(layer)
+                base_layer._traced_weights = base_layer._dense_weights(active, low_rank)
+            hidden_states, selected = forward_traced(hidden_states, modulation, ranks, is_kept)
         finally:
             for layer in layers:
                 _base_layer(layer)._traced_weights = None
         if call.output_masks:
-            self._keep_masks(decision, hidden_states, selected)
+            self._keep_masks(decision, hidden_states, selected if ranks is None else selected[:, :count])
         return hidden_states
 
-    def _forward_traced(self, hidden_states: torch.Tensor, modulation: torch.Tensor, ranks: torch.Tensor | None):
-        """The skipping form for `torch.compile`: the new tokens, and those that were selected."""
+    def _forward_traced(self, hidden_states: torch.Tensor, modulation: torch.Tensor, ranks, is_kept):
+        """
+        The skipping form for `torch.compile`: the new tokens, and those that were selected, of which `is_kept`, (count, 1),
+        leaves some as they were.
+        """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
         attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=COMPILED)
         hidden_states = torch.addcmul(hidden_states, gate, attn_output)
@@ -980,8 +1004,9 @@ class DynaDiTBlock(nn.Module):
             selected = self.token_selection(hidden_states) > 0
             mlp_gate = mlp_gate * selected[:, :, None].to(mlp_gate.dtype)
         mlp_input = torch.addcmul(mlp_shift, self.norm2(tokens), mlp_scale)
-        tokens = torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=COMPILED))
+        before, tokens = tokens, torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=COMPILED))
         if indices is not None:
+            tokens = torch.where(is_kept, tokens, before)
             tokens = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1)).view_as(hidden_states)
         return tokens, selected
 
@@ -1280,6 +1305,17 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if any(module in name.split(".") for module in self._router_modules)
         }
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        As in [`~diffusers.ModelMixin`]. What was prepared is dropped: compiled blocks hold their weights in another way.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self.clear_plan()
+        super().compile_repeated_blocks(*args, **kwargs)
+
     def compile(self, *args, **kwargs) -> None:
         """
         Compiles block by block, as `compile_repeated_blocks` does: what a call leaves out is decided on the host, between
@@ -1456,11 +1492,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
-        for every pair of timestep and label, and, as they are first used, the cut weights of the sets of heads and groups
-        that recur most. A call at another timestep or label is right too, only not prepared, unless [`set_plan_step`]
-        says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread.
+        for every pair of timestep and label, and memory for each layer's cut weights, in which a step replaces only the
+        heads and groups that change. A call at another timestep or label is right too, only not prepared, unless [`set_plan_step`]
+        says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread and one
+        stream.
 
-        What was prepared is dropped where weights, dtype, device or width change. A write through `.data`, as
+        What was prepared is dropped where weights, dtype, device or width change, and by a call in training mode or with
+        gradients. A write through `.data`, as
         `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
 
         Args:
@@ -1537,8 +1575,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             for kind, owner in (("heads", block.attn), ("groups", block.mlp)):
                 counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
                 for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
-                    # In a compiled block stacked matrices are cut to all groups too.
-                    is_cut = block._compiled is not None and layer.num_stacked > 1
+                    # In a compiled block there is one layout, for all groups too.
+                    is_cut = block._compiled is not None and layer._is_rearranged()
                     num_slots[layer] = max((n for n in counts if is_cut or n < block.num_groups), default=0)
         return num_slots
 
@@ -1595,6 +1633,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def _apply(self, *args, **kwargs):
         self.clear_plan()  # `to` and its like give parameters new storage without a trace
         return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_plan": None}
 
     def clear_plan(self) -> None:
         """Frees what [`prepare_timesteps`] prepared."""
@@ -1695,8 +1736,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if complete_model:
             call.form = "complete"
         if torch.is_grad_enabled() or self.training:
-            if not complete_model:
-                self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
+            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
             return call
         if torch.compiler.is_compiling():
             return call

@@ -1013,11 +1013,11 @@ def assert_plan_is_not_stale(model, arguments, **overrides) -> None:
     torch.testing.assert_close(actual, run(fresh, arguments, **overrides).sample, **CLOSE)
 
 
-def optimizer_step(options):
+def optimizer_step(options, **arguments):
     def change(model):
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, **options)
-        loss(model(**training_arguments(model, dit_inputs(same_time=True)))).backward()
+        loss(model(**{**training_arguments(model, dit_inputs(same_time=True)), **arguments})).backward()
         optimizer.step()
         model.eval()
 
@@ -1042,6 +1042,7 @@ CHANGES = {
     "AdamW": optimizer_step({"foreach": False}),
     "AdamW foreach": optimizer_step({"foreach": True}),
     "AdamW fused": optimizer_step({"fused": True}),
+    "AdamW fused, static": optimizer_step({"fused": True}, complete_model=True, output_masks=True),
     "load_state_dict": load_other_weights(False),
     "load_state_dict assign": load_other_weights(True),
     "double": lambda model: model.to(torch.float64),
@@ -1279,6 +1280,52 @@ def test_rows_of_the_mlp(router_mode, batch_size, monkeypatch):
     assert filled != selected
 
 
+def test_plan_after_an_interrupted_call(monkeypatch):
+    """Wherever it stops: what was only half copied is copied again."""
+    arguments = dit_inputs(same_time=True)
+    model = tiny_dyna_dit()
+    times = torch.tensor([900.0, 20.0])
+    expected = [run_masked(model, arguments, timestep=time).sample for time in times]
+    model.prepare_timesteps(times, arguments["class_labels"])
+    cut, left = DynaLinear._cut, []
+
+    def interrupted(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return cut(*args)
+
+    num_interrupted = 0
+    for num_cuts in range(40):
+        for step, is_interrupted in ((0, False), (1, True), (0, False)):
+            model.set_plan_step(step)
+            with monkeypatch.context() as patch:
+                if is_interrupted:
+                    left[:] = [None] * num_cuts
+                    patch.setattr(DynaLinear, "_cut", interrupted)
+                try:
+                    actual = run(model, arguments, timestep=times[step]).sample
+                except KeyboardInterrupt:
+                    num_interrupted += 1
+                    continue
+            torch.testing.assert_close(actual, expected[step], **CLOSE)
+    assert num_interrupted > 6
+
+
+def test_plan_of_inference_mode_serves_no_grad():
+    arguments = dit_inputs(same_time=True)
+    model = tiny_dyna_dit()
+    times = torch.tensor([900.0, 333.25])
+    expected = [run_masked(model, arguments, timestep=time).sample for time in times]
+    model.prepare_timesteps(times, arguments["class_labels"])
+    for step, context in ((0, torch.inference_mode()), (1, torch.no_grad()), (0, torch.inference_mode())):
+        model.set_plan_step(step)
+        with context:
+            actual = model(**{**arguments, "timestep": times[step]}).sample.clone()
+        torch.testing.assert_close(actual, expected[step], **CLOSE)
+    assert model._plan.cut_weights.slots
+
+
 # Products
 
 
@@ -1313,11 +1360,14 @@ def test_linear_of_strided_weights_and_under_autocast():
         assert torch.equal(_linear(x, weight.contiguous(), None), F.linear(x, weight.contiguous()))
 
 
-def test_plan_survives_copies_and_pickles():
+def test_copies_start_without_a_plan():
     arguments = dit_inputs(same_time=True)
     model = prepared(tiny_dyna_dit(), arguments)
     expected = run(model, arguments).sample
+    layer = copy.deepcopy(model.transformer_blocks[0].mlp.fc1)
+    assert layer._cut_weights is None and model.transformer_blocks[0].mlp.fc1._cut_weights is not None
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.plan_bytes == 0 < model.plan_bytes
         torch.testing.assert_close(run(other, arguments).sample, expected, **CLOSE)
         assert other._blocks == tuple(other.transformer_blocks)
         torch.nn.init.zeros_(other.transformer_blocks[0].attn.qkv.weight)
