@@ -52,7 +52,7 @@ from diffusers_dyna.training.budget import budget_loss
 from diffusers_dyna.training.loop import describe_environment, write_json
 
 
-MIN_ROUNDS = 7
+MIN_ROUNDS = 5
 NUM_STEPS, GUIDANCE_SCALE = 20, 4.0
 TIMED_STEPS = range(8, 12)  # of the schedule's, where not all are timed; neighbours, as in a trajectory
 LAYERS_ON_CPU = {"S": 6, "B": 6, "XL": 4}
