@@ -269,6 +269,8 @@ def _integrate(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not 0 < value < math.inf:
             raise ValueError(f"`{name}`={value} must be above 0.")
+    if not num_train_timesteps >= 1:
+        raise ValueError(f"`num_train_timesteps`={num_train_timesteps} must be at least 1.")
     if not (0 <= sigma_start <= 1 and 0 <= sigma_end <= 1) or sigma_start == sigma_end:
         raise ValueError(
             f"The flow cannot be integrated from sigma = {sigma_start} to {sigma_end}: they must differ and be in [0, 1]."
