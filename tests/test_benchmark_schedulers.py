@@ -130,6 +130,17 @@ def test_cells_state_calls_and_options(benchmark):
     assert benchmark.format_cell({**row, "calls": [6], "options": [{}]}, 0) == "1.23e-01 (5.0e-02), as it comes"
 
 
+def test_the_readme_shows_what_the_script_prints(benchmark, capsys):
+    sections = json.loads((EXAMPLES / "results" / "benchmark_schedulers.json").read_text())["sections"]
+    benchmark.print_readme_tables(sections)
+    mixture, other_data = capsys.readouterr().out.strip().split("\n\n")
+    assert len(mixture.splitlines()) == 2 + len(benchmark.OURS) + len(benchmark.DIFFUSERS) + 4
+    assert len(other_data.splitlines()) == 2 + 3 * 3
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert mixture in readme and other_data in readme
+    assert sections["mixture"]["commit"] in readme
+
+
 def test_readme_tables(benchmark, monkeypatch, capsys):
     """The cells of both grids in one, and the best of diffusers' rows on other data."""
     monkeypatch.setattr(benchmark, "NFES", (6, 10))
