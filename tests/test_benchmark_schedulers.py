@@ -130,6 +130,58 @@ def test_cells_state_calls_and_options(benchmark):
     assert benchmark.format_cell({**row, "calls": [6], "options": [{}]}, 0) == "1.23e-01 (5.0e-02), as it comes"
 
 
+def test_the_readme_shows_what_the_script_prints(benchmark, capsys):
+    sections = json.loads((EXAMPLES / "results" / "benchmark_schedulers.json").read_text())["sections"]
+    benchmark.print_readme_tables(sections)
+    mixture, other_data = capsys.readouterr().out.strip().split("\n\n")
+    assert len(mixture.splitlines()) == 2 + len(benchmark.OURS) + len(benchmark.DIFFUSERS) + 4
+    assert len(other_data.splitlines()) == 2 + 3 * 3
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert mixture in readme and other_data in readme
+    assert sections["mixture"]["commit"] in readme
+
+
+def test_readme_tables(benchmark, monkeypatch, capsys):
+    """The cells of both grids in one, and the best of diffusers' rows on other data."""
+    monkeypatch.setattr(benchmark, "NFES", (6, 10))
+
+    def row(solver, library, rmse, calls=(6, 10)):
+        return {"solver": solver, "library": library, "rmse": rmse, "calls": calls}
+
+    ratio = {"solver": "ours / theirs", "ratio": [0.123, 0.7]}
+    rows = [
+        row("ab3", "ours", [0.5, 0.00012345], (5, 10)),
+        row("abm3", "ours", [0.3, 0.2]),
+        row("UniPC", "diffusers", [0.4, 5e-5]),
+        row("DPM++2M", "diffusers", [0.25, 1.2e-5]),
+    ]
+    best = [row("ab3", "ours", [0.04, 1e-5], (5, 10)), row("DPM++", "diffusers", [0.1, 0.01]), ratio]
+    sections = {
+        "mixture": {"rows": [*rows, {**ratio, "target": [0.6, 0.6], "met": [True, False]}]},
+        "best": {"rows": best},
+        "digits": {"rows": [*rows, ratio]},
+    }
+    benchmark.print_readme_tables(sections)
+    expected = """\
+| solver | NFE 6 | NFE 10 |
+|---|---|---|
+| `ab3` | 0.5 / 0.04 (5 calls) | 0.00012 / 1e-5 |
+| `abm3` | 0.3 | 0.2 |
+| diffusers' UniPC | 0.4 | 5e-5 |
+| diffusers' DPM++2M | 0.25 / 0.1 | 1.2e-5 / 0.01 |
+| ours / theirs, uniform grid | **0.12** | **0.70** |
+| target | 0.6: met | 0.6: **missed** |
+| ours / theirs, best grids | **0.12** | **0.70** |
+
+| data | solver | NFE 6 | NFE 10 |
+|---|---|---|---|
+| digits, 64 dimensions | `ab3` | 0.5 (5 calls) | 0.00012 |
+| digits, 64 dimensions | `abm3` | 0.3 | 0.2 |
+| digits, 64 dimensions | diffusers' best | 0.25 | 1.2e-5 |
+"""
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
 def test_script_writes_tables_and_the_picture(benchmark, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")

@@ -68,7 +68,7 @@ def save_stable_diffusion_3(folder: Path) -> None:
         ),
         text_encoder=CLIPTextModelWithProjection(config), tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(config), tokenizer_2=tokenizer,
-        text_encoder_3=None, tokenizer_3=None,
+        text_encoder_3=None, tokenizer_3=tokenizer,
     ).save_pretrained(folder)  # fmt: skip
 
 

@@ -91,7 +91,8 @@ def integrate_flow(
         [`FlowIntegrationOutput`].
 
     Raises:
-        `ValueError`: on a tolerance, method or sigma that is out of range, and on a velocity of another shape.
+        `ValueError`: on a tolerance, method, sigma or `num_train_timesteps` that is out of range, and on a velocity of
+            another shape.
         `TypeError`: where `model_fn` does not return a tensor.
         `FloatingPointError`: where the velocity is not finite.
         `ImportError`: where torchdiffeq is missing.
@@ -183,6 +184,11 @@ def flow_log_likelihood(
     if not prior_std > 0:
         raise ValueError(f"`prior_std`={prior_std} must be above 0.")
     dtype, num_dims = _state_dtype(sample), sample[0].numel()
+    if isinstance(generator, list) and len(generator) != len(sample):
+        raise ValueError(
+            f"`generator` has {len(generator)} entries for a batch of {len(sample)}. Give one for each sample, or a single "
+            "generator."
+        )
     probes = []
     if divergence != "exact":
         probes = [randn_tensor(sample.shape, generator, sample.device, dtype) for _ in range(num_probes)]
@@ -222,16 +228,16 @@ def flow_log_likelihood(
         num_train_timesteps,
         progress_bar,
     )
-    # In float64: half a million dimensions times 1e-7 would be seen.
-    prior = -(noise.double() / prior_std).square().flatten(1).sum(1) / 2
+    # In float64, which MPS lacks: half a million dimensions times 1e-7 would be seen.
+    prior = -(noise.cpu().double() / prior_std).square().flatten(1).sum(1) / 2
     prior = prior - num_dims * (math.log(prior_std) + math.log(2 * math.pi) / 2)
-    log_likelihood = prior + num_dims * mean_divergence[:, 0].double()
+    log_likelihood = prior + num_dims * mean_divergence[:, 0].cpu().double()
     bits_per_dim = -log_likelihood / (num_dims * math.log(2))
     if num_levels is not None:
         bits_per_dim = bits_per_dim + math.log2(num_levels / 2)
     return FlowLikelihoodOutput(
-        bits_per_dim=bits_per_dim.to(dtype),
-        log_likelihood=log_likelihood.to(dtype),
+        bits_per_dim=bits_per_dim.to(sample.device, dtype),
+        log_likelihood=log_likelihood.to(sample.device, dtype),
         noise=noise.to(sample.dtype),
         nfe=nfe,
     )
@@ -269,6 +275,8 @@ def _integrate(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not 0 < value < math.inf:
             raise ValueError(f"`{name}`={value} must be above 0.")
+    if not 1 <= num_train_timesteps < math.inf:
+        raise ValueError(f"`num_train_timesteps`={num_train_timesteps} must be at least 1.")
     if not (0 <= sigma_start <= 1 and 0 <= sigma_end <= 1) or sigma_start == sigma_end:
         raise ValueError(
             f"The flow cannot be integrated from sigma = {sigma_start} to {sigma_end}: they must differ and be in [0, 1]."
@@ -304,9 +312,10 @@ def _integrate(
         """The largest root mean square of a sample; torchdiffeq's own norm hides a bad one among the others."""
         return max(ratio.flatten(1).square().mean(1).sqrt().max() for ratio in error_ratios)
 
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=state[0].device)
+    time_dtype = torch.float32 if state[0].device.type == "mps" else torch.float64  # MPS has no float64
+    ends = torch.tensor([0.0, 1.0], dtype=time_dtype, device=state[0].device)
     # `step_t`: the last step ends at the end. Without it, torchdiffeq steps beyond and interpolates.
-    options = {"norm": norm, "step_t": ends[1:]}
+    options = {"norm": norm, "step_t": ends[1:], "dtype": time_dtype}
     with bar:
         trajectory = odeint(rhs, state, ends, rtol=rtol, atol=atol, method=method, options=options)
     return tuple(part[-1] for part in trajectory), nfe

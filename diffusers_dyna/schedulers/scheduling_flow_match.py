@@ -9,6 +9,7 @@ schedulers integrate what a model predicts about x back to data: [`FlowMatchODES
 
 import importlib
 import math
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,8 +25,9 @@ from diffusers.utils.torch_utils import randn_tensor
 PATHS = ("linear", "gvp", "vp")
 PREDICTION_TYPES = ("velocity", "epsilon", "score", "sample")
 GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-# What a config of diffusers' flow-matching schedulers can ask for and these do not do: an error, not another picture.
-UNSUPPORTED_KEYS = ("stochastic_sampling",)
+# What a config of another scheduler can ask for and these do not do: an error, not another picture. ("sigma_max" begins
+# a grid of EDM's sigmas.)
+UNSUPPORTED_KEYS = ("stochastic_sampling", "thresholding", "sigma_max")
 # How far a grid stays from sigma = 0 or 1 where a coefficient is not finite there; 1e-3 as in SiT.
 EDGE = 1e-3
 
@@ -42,7 +44,7 @@ RUNGE_KUTTA = {
 # lower the order of the trajectory, and no call at sigma = 0. For "rk4" it is Heun's third-order rule.
 FINAL_STEP = {"heun": RUNGE_KUTTA["euler"], "rk4": ((1 / 3,), (0.0, 2 / 3), (1 / 4, 0.0, 3 / 4))}
 # Number of predictions, and whether the prediction at the end of a step corrects that step.
-ADAMS = {"ab2": (2, False), "ab3": (3, False), "abm3": (3, True), "abm4": (4, True)}
+ADAMS = {"ab2": (2, False), "ab3": (3, False), "abm3": (3, True)}
 ODE_SOLVERS = (*RUNGE_KUTTA, *ADAMS, "multistep")
 SDE_SOLVERS = ("euler", "heun")
 DIFFUSION_FORMS = ("constant", "sigma", "linear", "decreasing", "increasing-decreasing", "sbdm")
@@ -253,6 +255,49 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     ]
     order = 1
 
+    @classmethod
+    def from_config(cls, config: dict | None = None, return_unused_kwargs: bool = False, **kwargs):
+        """
+        Makes a scheduler from the config of another. Of one of diffusers' diffusion schedulers in flow form (DPM++ or
+        UniPC with `use_flow_sigmas`, as Sana's and Wan's), `flow_shift` is the shift and "flow_prediction" is
+        "velocity".
+
+        Args:
+            config (`dict`): the other's `config`.
+            return_unused_kwargs (`bool`, defaults to `False`): return what was not used of it too.
+            **kwargs: values in the place of those of the config.
+
+        Returns:
+            The scheduler, or a tuple of it and a dictionary.
+
+        Raises:
+            `ValueError`: on a config that asks for what this scheduler does not do.
+        """
+        if isinstance(config, dict):
+            for name in UNSUPPORTED_KEYS:
+                if config.get(name):
+                    raise ValueError(
+                        f"The config sets `{name}`, which {cls.__name__} does not have. Do without it by "
+                        f"`from_config({{**config, {name!r}: None}})`, or keep the other scheduler."
+                    )
+            if config.get("use_flow_sigmas"):
+                shift = kwargs.get("shift", config.get("flow_shift", 1.0))
+                if shift != kwargs.get("shift", config.get("shift", shift)):
+                    raise ValueError(
+                        f"The config has both `shift`={config['shift']} and `flow_shift`={shift}. Pass one of them as "
+                        "`shift` to `from_config`."
+                    )
+                is_flow = config.get("prediction_type") == "flow_prediction"
+                known = {name: config[name] for name in cls._get_init_keys(cls) - {"sigma_min"} if name in config}
+                config = {**known, "shift": shift, **({"prediction_type": "velocity"} if is_flow else {})}
+            elif config.get("beta_schedule") or config.get("trained_betas") is not None:
+                raise ValueError(
+                    "The config is that of a diffusion scheduler: it has betas (`beta_schedule`, `trained_betas`) and "
+                    "no `use_flow_sigmas`. Keep that scheduler, or, for a model trained by flow matching, make "
+                    f"{cls.__name__} without the config, with the `path`, `prediction_type` and `shift` of the model."
+                )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def _setup(self, solvers: tuple[str, ...]) -> None:
         """Checks the config and makes the grid that training scripts of diffusers read."""
         config = self.config
@@ -317,42 +362,47 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     def _set_grid(self, num_inference_steps, device, sigmas, mu, timesteps, reverse: bool = False) -> None:
         """`set_timesteps` of all schedulers."""
-        unsupported = [name for name in UNSUPPORTED_KEYS if self.config.get(name)]
-        if unsupported:
-            raise ValueError(
-                f"The config that this scheduler was made from sets {', '.join(f'`{name}`' for name in unsupported)}, "
-                f"which {type(self).__name__} does not have. Do without it by `from_config({{**config, "
-                f"{unsupported[0]!r}: None}})`, or keep the other scheduler."
-            )
+        maximum, times = self.config.num_train_timesteps, None
         if not self.config.use_dynamic_shifting:
             mu = None
-        elif mu is None and timesteps is None:
+        elif mu is None and (timesteps is None or sigmas is not None):
             raise ValueError("`mu` must be given where `use_dynamic_shifting` is True.")
         elif mu is not None and not mu > 0 and self.config.time_shift_type == "linear":
             raise ValueError(f"`mu`={mu} must be above 0 where `time_shift_type` is 'linear'.")
-        if sigmas is not None and timesteps is not None:
-            raise ValueError("`sigmas` and `timesteps` both define the grid. Give one of them.")
 
         if timesteps is not None:
-            maximum = self.config.num_train_timesteps
-            grid = self._check_grid("timesteps", timesteps, maximum, num_inference_steps) / np.float32(maximum)
+            times = self._check_grid("timesteps", timesteps, maximum, num_inference_steps)
+        if sigmas is not None:
+            grid = self._check_grid("sigmas", sigmas, 1, num_inference_steps)
+            if times is not None and (len(times) != len(grid) or self.order > 1):
+                raise ValueError(
+                    f"`sigmas` and `timesteps` have {len(grid)} and {len(times)} entries, and `solver`="
+                    f"{self.config.solver!r} has {self.order} calls a step. Both together, the times are what the model "
+                    "is given at the sigmas: as many, and one call a step. Give one of them, or another solver."
+                )
+        elif times is not None:
+            grid = times / np.float32(maximum)
         else:
-            if sigmas is not None:
-                grid = self._check_grid("sigmas", sigmas, 1, num_inference_steps)
-            else:
-                if num_inference_steps is None or int(num_inference_steps) != num_inference_steps:
-                    raise ValueError(f"`num_inference_steps`={num_inference_steps} must be a whole number of steps.")
-                if num_inference_steps < 1:
-                    raise ValueError(f"`num_inference_steps`={num_inference_steps} must be at least 1.")
-                grid = self._default_grid(int(num_inference_steps), mu).astype(np.float32)
+            if not isinstance(num_inference_steps, numbers.Real) or num_inference_steps % 1 != 0:
+                raise ValueError(f"`num_inference_steps`={num_inference_steps!r} must be a whole number of steps.")
+            if num_inference_steps < 1:
+                raise ValueError(f"`num_inference_steps`={num_inference_steps} must be at least 1.")
+            grid = self._default_grid(int(num_inference_steps), mu).astype(np.float32)
+        if times is None or sigmas is not None:
             grid = self._space(self._apply_shift(grid, mu))
 
         end = self.config.sigma_min or 0.0
-        noise_end_is_finite, data_end_is_finite = self._finite_ends(reverse)
-        if grid[0] == 1 and not noise_end_is_finite:
+        if grid[0] > 1 - 1e-6 and not self._can_start_at_noise():
             grid[0] = max(1 - EDGE, (1 + grid[1]) / 2 if len(grid) > 1 else 0)
-        if end == 0 and not data_end_is_finite:
+            if times is not None:
+                times[0] = min(times[0], grid[0] * maximum)
+        if end == 0 and not self._can_reach_data(reverse):
             end = min(EDGE, grid[-1] / 2)
+        if not (np.isfinite(grid).all() and np.all(np.diff(grid) < 0)):
+            raise ValueError(
+                f"The shift or the spacing leaves no strictly falling float32 numbers: {grid.tolist()}. Use a shift or "
+                "`mu` that moves the grid less, or fewer steps."
+            )
         if not end < grid[-1]:
             raise ValueError(f"The grid ends at `sigma_min`={end}, but its last step already starts at {grid[-1]}.")
         grid = np.append(grid, np.float32(end))
@@ -360,29 +410,34 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             grid = grid[::-1].copy()
 
         self.num_inference_steps = len(grid) - 1
-        self.sigmas = self._flip_time(torch.from_numpy(grid))
         rule = RUNGE_KUTTA.get(self.config.solver, RUNGE_KUTTA["euler"])
         self._rules = [rule] * (self.num_inference_steps - 1) + [self._final_rule(rule, end=grid[-1])]
-        times = self.sigmas.tolist()
-        self._call_sigmas = [
+        ends = self._flip_time(torch.from_numpy(grid)).tolist()
+        calls = [
             start + sum(row) * (end - start)
-            for start, end, rule in zip(times[:-1], times[1:], self._rules, strict=True)
+            for start, end, rule in zip(ends[:-1], ends[1:], self._rules, strict=True)
             for row in ((), *rule[:-1])
         ]
-        timesteps = torch.tensor(self._call_sigmas, dtype=torch.float32) * self.config.num_train_timesteps
-        self._call_timesteps = timesteps.tolist()
-        self.timesteps = timesteps.to(device)
+        self.sigmas = torch.tensor([*calls, ends[-1]], dtype=torch.float32)
+        self._call_sigmas = self.sigmas.tolist()
+        model_times = self.sigmas[:-1] * maximum
+        if times is not None:  # as they are, not by way of sigma and back
+            times = np.append(times, np.float32(end * maximum))
+            times = maximum - times if self.config.invert_sigmas else times
+            model_times[:: self.order] = torch.tensor((times[::-1] if reverse else times)[:-1].tolist())
+        self._call_timesteps = model_times.tolist()
+        self.timesteps = model_times.to(device)
         self._begin_index = None
         self._reset_steps()
 
     def _default_grid(self, num_steps: int, mu: float | None) -> np.ndarray:
         """The even grid before the shift, without its end."""
-        end = self.config.sigma_min or 0.0
+        end = self._unshift(self.config.sigma_min or 0.0, mu)
         return np.linspace(1, end + (1 - end) / num_steps, num_steps)
 
-    def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
-        """Whether what the solver needs follows from a prediction at sigma = 1, and at sigma = 0 where it asks there."""
-        return self.config.path == "vp" or self.config.prediction_type in ("velocity", "sample"), True
+    def _can_start_at_noise(self) -> bool:
+        """Whether what the solver needs follows from a prediction at sigma = 1."""
+        return self.config.path == "vp" or self.config.prediction_type in ("velocity", "sample")
 
     def _final_rule(self, rule: tuple, end: float) -> tuple:
         """The Runge-Kutta rule of the last step of the grid, which goes to `end`."""
@@ -413,6 +468,11 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
         odds = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
         return odds / (odds + (1 / sigmas - 1))
+
+    def _unshift(self, sigma: float, mu: float | None) -> float:
+        """The noise level that the shift moves to `sigma`."""
+        factor = self.shift if mu is None else math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+        return sigma / (sigma + factor * (1 - sigma))
 
     def _space(self, sigmas: np.ndarray) -> np.ndarray:
         """The shifted grid with the end and the spacing that the config asks for, as in diffusers' schedulers."""
@@ -526,17 +586,22 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             `int`: the index of the first call of a step.
 
         Raises:
-            `ValueError`: if no step starts within 0.4 % of it, twice what rounding to bfloat16 moves it.
+            `ValueError`: if no step starts at it, but for rounding.
         """
         schedule = (self.timesteps if schedule_timesteps is None else schedule_timesteps)[:: self.order].cpu().double()
-        timestep = float(timestep)
-        distance = (schedule - timestep).abs()
-        if not distance.min() <= 0.004 * abs(timestep):
+        distance = (schedule - float(timestep)).abs()
+        if not distance.min() <= self._rounding(timestep):
             raise ValueError(
-                f"`timestep`={timestep} is not on the grid {schedule.tolist()}. Pass an entry of `timesteps` at which "
+                f"`timestep`={float(timestep)} is not on the grid {schedule.tolist()}. Pass an entry of `timesteps` at which "
                 "a step starts, or call `set_begin_index`."
             )
         return int(distance.argmin()) * self.order
+
+    @staticmethod
+    def _rounding(timestep: float | torch.Tensor) -> float:
+        """How far `timestep` may be from the time that it stands for: twice what rounding to bfloat16 moves it."""
+        is_short = torch.is_tensor(timestep) and timestep.dtype in (torch.bfloat16, torch.float16)
+        return (0.004 if is_short else 1e-6) * abs(float(timestep))
 
     def _begin_call(self, timestep: float | torch.Tensor, sample: torch.Tensor) -> tuple[int, int, torch.Tensor]:
         """The step and its stage that this call belongs to, and the sample with the precision that rounding took."""
@@ -558,7 +623,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         # A time on another device is not read: the loop would wait for the device.
         if not torch.is_tensor(timestep) or (timestep.device.type == "cpu" and timestep.numel() == 1):
             expected = self._call_timesteps[index]
-            if not abs(float(timestep) - expected) <= 0.004 * abs(expected):
+            if not abs(float(timestep) - expected) <= self._rounding(timestep):
                 raise ValueError(
                     f"`timestep`={float(timestep)} is out of order: call {index} of this trajectory is at {expected}."
                 )
@@ -599,16 +664,17 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
 
     The default grid of N steps is sigma = 1, 1 - 1/N, ..., 1/N and ends exactly at 0. `shift` moves it once, to
     shift * sigma / (1 + (shift - 1) * sigma) ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206), eq. 23).
-    `timesteps` has one entry a model call, so `len(timesteps)` is the number of function evaluations (NFE).
+    `timesteps` has one entry a model call, so `len(timesteps)` is the number of function evaluations (NFE); `sigmas` has
+    the same entries, and the end.
 
     | `solver` | order | model calls for N steps |
     |---|---|---|
     | `"euler"` | 1 | N |
-    | `"heun"` ([arXiv 2206.00364](https://huggingface.co/papers/2206.00364), algorithm 1) | 2 | 2N - 1; the last step is Euler's |
+    | `"heun"` ([arXiv 2206.00364](https://huggingface.co/papers/2206.00364), algorithm 1) | 2 | 2N - 1, the last step is Euler's; 2N where the grid ends above 0 |
     | `"midpoint"` | 2 | 2N |
-    | `"rk4"`: Kutta's 3/8 rule, as in torchdiffeq | 4 | 4N - 1; the last step is Heun's third-order rule |
+    | `"rk4"`: Kutta's 3/8 rule, as in torchdiffeq | 4 | 4N - 1, the last step is Heun's third-order rule; 4N where the grid ends above 0 |
     | `"ab2"`, `"ab3"`: Adams-Bashforth with variable steps | 2, 3 | N |
-    | `"abm3"`, `"abm4"`: Adams-Bashforth, each step corrected (Adams-Moulton) by the prediction at its end | 3 | N |
+    | `"abm3"`: Adams-Bashforth, each step corrected (Adams-Moulton) by the prediction at its end | 3 | N |
     | `"multistep"`: exponential, on predictions of the data | `solver_order` | N |
 
     The model is never asked at sigma = 0: a last step that ends there takes a rule of one order less, which does not
@@ -619,8 +685,7 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
     [arXiv 2204.13902](https://huggingface.co/papers/2204.13902) do; in reverse, d(x / a) = noise d(b / a).
     The multistep methods start at order 1. While fewer predictions than their order are there, each new one also
     corrects the steps before it, by the integral of the better polynomial over them: orders 2 and 3 hold from the
-    first step on without additional calls. ("abm4" has four predictions; its start leaves it order 3, with a smaller
-    constant.)
+    first step on without additional calls.
 
     Between the calls the state keeps the precision that rounding to the dtype of the model takes from what `step`
     returns, at least float32. Where the caller changes the sample between two steps, the change counts.
@@ -692,8 +757,8 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
         reverse: bool = False,
     ) -> None:
         """
-        Sets the grid of the next trajectory. Exactly one of the number of steps, `sigmas` and `timesteps` defines it;
-        the number may be repeated beside one of the others.
+        Sets the grid of the next trajectory, by the number of steps, `sigmas` or `timesteps`; the number may be
+        repeated beside the others.
 
         Args:
             num_inference_steps (`int`, *optional*): steps on the default grid.
@@ -706,21 +771,22 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
                 nothing, since the pipelines of diffusers pass it to every scheduler.
             timesteps (`list[float]`, *optional*):
                 Strictly decreasing in (0, num_train_timesteps], without the final 0. Taken as they are: never shifted.
+                Beside `sigmas`, as CogView4 gives them, the times that the model is told at the shifted sigmas; for
+                solvers of one call a step.
             reverse (`bool`, defaults to `False`):
                 Go from data to noise on the same grid: the noise that a picture comes from. The model is asked at
                 sigma = 0 then; where no velocity is known there ("vp", or a model that predicts the data), the grid
                 starts at `sigma_min` or 0.001.
 
         Raises:
-            `ValueError`: on a grid that is empty, out of range, not decreasing, or given twice, and on a config from
-                another scheduler that asks for what this one does not do.
+            `ValueError`: on a grid that is empty, out of range or not decreasing, or whose parts do not agree.
         """
         self._reverse = reverse
         self._set_grid(num_inference_steps, device, sigmas, mu, timesteps, reverse)
 
-    def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
-        is_known_at_data = self.config.path != "vp" and self.config.prediction_type != "sample"
-        return super()._finite_ends(reverse)[0], is_known_at_data or not reverse
+    def _can_reach_data(self, reverse: bool) -> bool:
+        """Whether sigma = 0 can be an end of the grid: in reverse, the model is asked there."""
+        return not reverse or (self.config.path != "vp" and self.config.prediction_type != "sample")
 
     def _final_rule(self, rule: tuple, end: float) -> tuple:
         return FINAL_STEP.get(self.config.solver, rule) if end == 0 else rule
@@ -740,8 +806,8 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
         Args:
             model_output (`torch.Tensor`): what the model predicts at `timestep` and `sample`.
             timestep (`float` or `torch.Tensor`):
-                The entry of `timesteps` of this call. It finds the first call where no `begin_index` is set, and is
-                checked at the others if it is on the CPU.
+                The entry of `timesteps` of this call. It finds the first call where no `begin_index` is set, which
+                reads it once from its device, and is checked at the others if it is on the CPU.
             sample (`torch.Tensor` with the shape of `model_output`): the model's input.
             generator (`torch.Generator`, *optional*): not used; the ODE draws nothing.
             return_dict (`bool`, defaults to `True`): return a `FlowMatchODESchedulerOutput` instead of a tuple.
@@ -772,7 +838,7 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
             prediction = self._convert(model_output, sample, self._step_index, "velocity")
             prediction = -prediction if self.config.invert_sigmas else prediction
 
-        start, end = self.sigmas[step].item(), self.sigmas[step + 1].item()
+        start, *_, end = self.sigmas[step * self.order : (step + 1) * self.order + 1].tolist()
         if self.config.solver in RUNGE_KUTTA:
             if stage == 0:
                 self._start, self._history = sample, []
@@ -857,23 +923,24 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
 
     dx = (-v + D score) ds + sqrt(2 D) dW as sigma falls by ds, with D(sigma) >= 0 by `diffusion_form`:
 
-    | `diffusion_form` | D / `diffusion_norm` |
+    | `diffusion_form` | D, with n = `diffusion_norm` |
     |---|---|
-    | `"constant"` | 1 |
-    | `"sigma"` | b(sigma) |
-    | `"linear"` | sigma |
-    | `"decreasing"` | (1 - cos(pi sigma))^2 / 4, from 1 at the noise to 0 (with another norm n: (1 - n cos(pi sigma))^2 / 4) |
-    | `"increasing-decreasing"` | sin(pi sigma)^2 |
-    | `"sbdm"` | b b' - b^2 a' / a: the diffusion whose forward process has no drift but x a' / a |
+    | `"constant"` | n |
+    | `"sigma"` | n b(sigma) |
+    | `"linear"` | n sigma |
+    | `"decreasing"` | (1 - n cos(pi sigma))^2 / 4, with n = 1 from 1 at the noise to 0 |
+    | `"increasing-decreasing"` | n sin(pi sigma)^2 |
+    | `"sbdm"` | n (b b' - b^2 a' / a): the diffusion whose forward process has no drift but x a' / a |
 
-    Every D >= 0 has the same distributions at all sigma. A step of size h wants h D / b^2 below 2; "constant" near the
-    data with a norm of order 1 is beyond it.
+    Every D >= 0 has the same distributions at all sigma. In a step of size h it is held to at most b^2 / h, since more
+    would take away more noise than there is: "sbdm" near the noise, where its D has no bound, "constant" near the data.
 
     A pipeline that gives `step` no generator, as those of Stable Diffusion 3 and Flux, draws from torch's global one.
 
-    The grid of N steps runs from 1 to `last_step_size`, from where one last step without noise goes to sigma = 0.
-    `timesteps` has one entry a model call, as with the ODE: N for `solver` "euler" (Euler-Maruyama), 2N - 1 for "heun"
-    (the trapezoidal rule with the noise of the step in its second stage: weak order 2).
+    The grid of N steps runs from 1 ("sbdm" on "linear" and "gvp": 0.999) to `last_step_size`, from where one last step
+    without noise goes to sigma = 0. `timesteps` has one entry a model call, as with the ODE: N for `solver` "euler"
+    (Euler-Maruyama), 2N - 1 (with `last_step` "none", 2N) for "heun" (the trapezoidal rule with the noise of the step
+    in its second stage: weak order 2).
 
     Args:
         num_train_timesteps (`int`, defaults to `1000`): as in [`FlowMatchODEScheduler`].
@@ -888,11 +955,11 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
         path (`str`, defaults to `"linear"`): `"linear"`, `"gvp"` or `"vp"`, see [`FlowMatchPath`].
         prediction_type (`str`, defaults to `"velocity"`): as in [`FlowMatchODEScheduler`].
         diffusion_form (`str`, defaults to `"sigma"`): a form of the table.
-        diffusion_norm (`float`, defaults to `1.0`): factor of D, at least 0; 0 leaves the ODE.
+        diffusion_norm (`float`, defaults to `1.0`): at least 0; 0 leaves the ODE, but for "decreasing".
         last_step (`str`, defaults to `"mean"`):
-            The step to sigma = 0: `"mean"` is the step of the SDE without its noise, `"euler"` that of the ODE,
-            `"tweedie"` the mean of the data given x. `"none"` has all N steps with noise and ends at `sigma_min`, or
-            0.001.
+            The step to the end of the grid: `"mean"` is the step of the SDE without its noise, which takes away too
+            much where D is not small; `"euler"` is that of the ODE; `"tweedie"` is the mean of the data given x, and at
+            `sigma_min` has its noise. `"none"` has all N steps with noise and ends at `sigma_min`, or 0.001.
         last_step_size (`float`, defaults to `0.04`):
             Where the last step of the default grid starts, after the shift, in (0, 1). A grid of the caller's own has
             it at its last entry.
@@ -956,10 +1023,10 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
         sigmas: list[float] | None = None,
         mu: float | None = None,
         timesteps: list[float] | None = None,
+        reverse: bool = False,
     ) -> None:
         """
-        Sets the grid of the next trajectory. Exactly one of the number of steps, `sigmas` and `timesteps` defines it;
-        the number may be repeated beside one of the others.
+        Sets the grid of the next trajectory, as [`FlowMatchODEScheduler.set_timesteps`].
 
         Args:
             num_inference_steps (`int`, *optional*): steps on the default grid, the last step among them.
@@ -967,39 +1034,44 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
             sigmas (`list[float]`, *optional*): as in [`FlowMatchODEScheduler.set_timesteps`].
             mu (`float`, *optional*): as in [`FlowMatchODEScheduler.set_timesteps`].
             timesteps (`list[float]`, *optional*): as in [`FlowMatchODEScheduler.set_timesteps`].
+            reverse (`bool`, defaults to `False`): only of the ODE.
 
         Raises:
-            `ValueError`: on a grid that is empty, out of range, not decreasing, or given twice, and on a config from
-                another scheduler that asks for what this one does not do.
+            `ValueError`: on a grid that is empty, out of range or not decreasing, or whose parts do not agree.
         """
+        if reverse:
+            raise ValueError(
+                "`reverse`=True is for FlowMatchODEScheduler: the SDE goes from noise to data. Use that scheduler, "
+                "or `scale_noise`, which goes the other way at once."
+            )
         self._set_grid(num_inference_steps, device, sigmas, mu, timesteps)
 
     def _default_grid(self, num_steps: int, mu: float | None) -> np.ndarray:
         if self.config.last_step == "none":
             return super()._default_grid(num_steps, mu)
-        # The shift multiplies the odds sigma / (1 - sigma); at the end of the grid it must give `last_step_size`.
-        factor = self.shift if mu is None else math.exp(mu) if self.config.time_shift_type == "exponential" else mu
-        odds = self.config.last_step_size / (1 - self.config.last_step_size) / factor
-        return np.linspace(1, odds / (1 + odds), num_steps)
+        return np.linspace(1, self._unshift(self.config.last_step_size, mu), num_steps)
 
-    def _finite_ends(self, reverse: bool) -> tuple[bool, bool]:
-        has_finite_diffusion = self.config.diffusion_form != "sbdm" or self.config.path == "vp"
-        return super()._finite_ends(reverse)[0] and has_finite_diffusion, self.config.last_step != "none"
+    def _can_start_at_noise(self) -> bool:
+        return super()._can_start_at_noise() and (self.config.diffusion_form != "sbdm" or self.config.path == "vp")
+
+    def _can_reach_data(self, reverse: bool) -> bool:
+        return self.config.last_step != "none"
 
     def _final_rule(self, rule: tuple, end: float) -> tuple:
         return rule if self.config.last_step == "none" else RUNGE_KUTTA["euler"]
 
-    def _diffusion(self, sigma: float) -> float:
-        """D at a noise level."""
-        c, norm = self.path.coefficients(sigma), self.config.diffusion_norm
-        return {
-            "constant": lambda: norm,
-            "sigma": lambda: norm * c.b.item(),
-            "linear": lambda: norm * sigma,
-            "decreasing": lambda: (1 - norm * math.cos(math.pi * sigma)) ** 2 / 4,
-            "increasing-decreasing": lambda: norm * math.sin(math.pi * sigma) ** 2,
-            "sbdm": lambda: norm * (c.b_db - c.b**2 * c.da / c.a).item(),
-        }[self.config.diffusion_form]()
+    def _diffusion(self, sigma: float, size: float) -> float:
+        """D at a noise level, for a step of a size."""
+        c, norm, form = self.path.coefficients(sigma), self.config.diffusion_norm, self.config.diffusion_form
+        if form == "decreasing":
+            diffusion = (1 - norm * math.cos(math.pi * sigma)) ** 2 / 4
+        elif form == "increasing-decreasing":
+            diffusion = norm * math.sin(math.pi * sigma) ** 2
+        elif form == "sbdm":
+            diffusion = norm * (c.b_db - c.b**2 * c.da / c.a).item()
+        else:
+            diffusion = norm * {"constant": 1.0, "sigma": c.b.item(), "linear": sigma}[form]
+        return min(diffusion, c.b.item() ** 2 / size)
 
     def step(
         self,
@@ -1017,7 +1089,7 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
             timestep (`float` or `torch.Tensor`): as in [`FlowMatchODEScheduler.step`].
             sample (`torch.Tensor` with the shape of `model_output`): the model's input.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Draws the noise; a list has one for each sample of the batch.
+                Draws the noise; a list has one for all or one for each sample of the batch.
             return_dict (`bool`, defaults to `True`): return a `FlowMatchSDESchedulerOutput` instead of a tuple.
 
         Returns:
@@ -1025,20 +1097,27 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
             computed in float32, or float64 where `sample` is.
 
         Raises:
-            `ValueError`: before `set_timesteps`, after the last call, and for a `timestep` that is not on the grid or
-                out of order.
+            `ValueError`: before `set_timesteps`, after the last call, for a `timestep` that is not on the grid or
+                out of order, and for a list of generators of another length.
         """
+        if isinstance(generator, list) and len(generator) not in (1, len(sample)):
+            raise ValueError(
+                f"`generator` has {len(generator)} entries for {len(sample)} samples. Give one, or one for each sample."
+            )
         step, stage, sample = self._begin_call(timestep, sample)
-        start, end = (self._flip_time(self.sigmas[i].item()) for i in (step, step + 1))
+        ends = self.sigmas[step * self.order : (step + 1) * self.order + 1].tolist()
+        start, end = self._flip_time(ends[0]), self._flip_time(ends[-1])
         size = start - end
         velocity = self._convert(model_output, sample, self._step_index, "velocity")
         last_step = self.config.last_step if step == self.num_inference_steps - 1 else "none"
         if last_step == "tweedie":
-            state = self._convert(model_output, sample, self._step_index, "sample")
+            data = self._convert(model_output, sample, self._step_index, "sample")
+            noise = self._convert(model_output, sample, self._step_index, "epsilon")
+            state = self.path.interpolate(data, noise, end)
         elif last_step == "euler":
             state = sample - size * velocity
         else:
-            diffusion = self._diffusion(end if stage else start)
+            diffusion = self._diffusion(end if stage else start, size)
             drift = diffusion * self._convert(model_output, sample, self._step_index, "score") - velocity
             if stage == 1:
                 first_state, first_drift, noise = self._start
@@ -1047,7 +1126,7 @@ class FlowMatchSDEScheduler(_FlowMatchScheduler):
                 state = sample + size * drift
                 if last_step == "none":
                     if self.config.solver == "heun":  # the noise of both ends, for weak order 2
-                        diffusion = (diffusion + self._diffusion(end)) / 2
+                        diffusion = (diffusion + self._diffusion(end, size)) / 2
                     noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
                     noise = math.sqrt(2 * diffusion * size) * noise
                     self._start = (sample, drift, noise) if self.config.solver == "heun" else None

@@ -3,9 +3,11 @@
 
 import math
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from diffusers_dyna import FlowMatchODEScheduler, flow_log_likelihood, integrate_flow
 from diffusers_dyna.schedulers.flow_integration import METHODS
@@ -15,7 +17,7 @@ from ..testing_utils import randn, tiny_dyna_dit, tiny_unet
 from .mixtures import Gaussian, Mixture
 
 
-pytest.importorskip("torchdiffeq")
+needs_torchdiffeq = pytest.mark.skipif(find_spec("torchdiffeq") is None, reason="needs torchdiffeq")
 QUIET = {"progress_bar": False}
 
 
@@ -45,6 +47,27 @@ def gaussian(path="linear", mean=0.0):
     return Flow(path, means=((mean, -mean, mean),), std=(0.4,), weights=(1.0,))
 
 
+class LikeMPS(TorchFunctionMode):
+    """Tensors say that they are on MPS, where there is no float64, and those that came from `cpu()` may have it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.device.__get__:
+            return torch.device("mps")
+
+        def move(value):
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        is_on_cpu = func is torch.Tensor.cpu or any(getattr(value, "is_on_cpu", False) for value in args)
+        func = torch.clone if func is torch.Tensor.cpu else func
+        result = func(*map(move, args), **{name: move(value) for name, value in (kwargs or {}).items()})
+        if torch.is_tensor(result):
+            if result.dtype == torch.float64 and not is_on_cpu:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype.")
+            result.is_on_cpu = is_on_cpu
+        return result
+
+
+@needs_torchdiffeq
 class TestIntegrateFlow:
     @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("method", METHODS)
@@ -165,6 +188,7 @@ class TestIntegrateFlow:
         assert sum(seen) / len(seen) < 0.95
 
 
+@needs_torchdiffeq
 class TestLogLikelihood:
     @pytest.mark.parametrize("path", PATHS)
     def test_a_gaussian(self, path):
@@ -279,6 +303,26 @@ class TestLogLikelihood:
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@needs_torchdiffeq
+def test_mps():
+    """dx/dsigma = x / 2 in 3 dimensions: data exp(-1/2) noise, and a divergence of 3/2."""
+
+    def velocity(x, timestep):
+        return x / 2
+
+    sample = randn(2, 3)
+    integrate_flow(velocity, sample, **QUIET)  # imports torchdiffeq, whose tables are in float64
+    with LikeMPS():
+        with pytest.raises(TypeError, match="float64"):
+            sample.double()
+        state = integrate_flow(velocity, sample, **QUIET).sample
+        output = flow_log_likelihood(velocity, sample, num_levels=None, **QUIET)
+    torch.testing.assert_close(state, math.exp(-0.5) * sample)
+    torch.testing.assert_close(output.noise, math.exp(0.5) * sample)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(output.noise).sum(1) + 1.5
+    torch.testing.assert_close(output.log_likelihood, expected)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -289,6 +333,7 @@ class TestBadInput:
             ({"method": "rk4"}, "`method`='rk4' is unknown. Use one of 'dopri5', 'dopri8', 'bosh3'"),
             ({"sigma_end": -0.1}, r"from sigma = 1.0 to -0.1: they must differ and be in \[0, 1\]"),
             ({"sigma_start": 0.0}, "from sigma = 0.0 to 0.0: they must differ"),
+            ({"num_train_timesteps": 0}, "`num_train_timesteps`=0 must be at least 1"),
         ],
     )
     def test_integrate_flow(self, arguments, message):
@@ -308,6 +353,9 @@ class TestBadInput:
             ({"prior_std": 0.0}, "`prior_std`=0.0 must be above 0"),
             ({"sigma_min": 1.0}, "from sigma = 1.0 to 1.0: they must differ"),
             ({"rtol": 0}, "`rtol`=0 must be above 0"),
+            ({"num_train_timesteps": float("nan")}, "`num_train_timesteps`=nan must be at least 1"),
+            ({"generator": [torch.Generator()]}, "`generator` has 1 entries for a batch of 2. Give one for each"),
+            ({"generator": [torch.Generator()] * 3}, "`generator` has 3 entries for a batch of 2"),
         ],
     )
     def test_flow_log_likelihood(self, arguments, message):
@@ -315,11 +363,15 @@ class TestBadInput:
             flow_log_likelihood(Flow(), randn(2, 3), **arguments)
 
     @pytest.mark.parametrize("function", [integrate_flow, flow_log_likelihood])
-    def test_samples_and_velocities(self, function):
+    def test_samples(self, function):
         with pytest.raises(ValueError, match=r"floating point tensor .* but is torch.int64 of shape \(2, 3\)"):
             function(Flow(), torch.zeros(2, 3, dtype=torch.int64), **QUIET)
         with pytest.raises(ValueError, match="`sample` must be .* but is list"):
             function(Flow(), [0.0], **QUIET)
+
+    @needs_torchdiffeq
+    @pytest.mark.parametrize("function", [integrate_flow, flow_log_likelihood])
+    def test_velocities(self, function):
         with pytest.raises(ValueError, match=r"velocity of shape \(2, 2\) for a sample of shape \(2, 3\)"):
             function(lambda x, t: x[:, :2], randn(2, 3), **QUIET)
         with pytest.raises(TypeError, match="`model_fn` returned a tuple instead of a tensor"):
@@ -327,6 +379,7 @@ class TestBadInput:
         with pytest.raises(FloatingPointError, match="not finite at timestep .* end at a sigma above 0"):
             function(lambda x, t: x / 0, randn(2, 3), **QUIET)
 
+    @needs_torchdiffeq
     def test_a_velocity_without_gradient(self):
         with pytest.raises(ValueError, match="returned a velocity without gradient. Leave out `torch.no_grad`"):
             flow_log_likelihood(lambda x, t: x.detach(), randn(2, 3), **QUIET)

@@ -158,7 +158,6 @@ SOLVERS = [
     ({"solver": "ab2"}, 2, 80),
     ({"solver": "ab3"}, 3, 80),
     ({"solver": "abm3"}, 3, 80),
-    ({"solver": "abm4"}, 3, 80),
     ({"solver": "multistep", "solver_order": 2}, 2, 160),
     ({"solver": "multistep", "solver_order": 3}, 3, 80),
 ]
@@ -181,7 +180,7 @@ def test_order_on_a_mixture(config, order, steps, path, exact_end):
     mixture, noise, expected = exact_end(path)
     measured = measured_order(config, path, steps, noise, mixture.velocity, expected)
     # the order is a limit: at these steps the next terms of the error still show
-    upper = 0.35 if config["solver"] not in ("abm3", "abm4") else 2
+    upper = 0.35 if config["solver"] != "abm3" else 2
     assert order - 0.35 <= measured <= order + upper
 
 
@@ -276,7 +275,7 @@ def test_every_prediction_type_is_the_same_flow(prediction_type, solver, path):
     scheduler = FlowMatchODEScheduler(solver=solver, path=path, prediction_type=prediction_type)
     scheduler.set_timesteps(12)
     reference = FlowMatchODEScheduler(solver=solver, path=path)
-    reference.set_timesteps(sigmas=scheduler.sigmas[:-1])
+    reference.set_timesteps(sigmas=scheduler.sigmas[:: scheduler.order][:12])
     # the times of the stages are float32
     close(integrate(scheduler, noise, prediction), integrate(reference, noise, mixture.velocity), atol=1e-4)
 
@@ -321,7 +320,7 @@ def test_there_and_back(config, order, steps, path):
 def test_reverse_grid():
     scheduler = FlowMatchODEScheduler(solver="heun")
     scheduler.set_timesteps(2, reverse=True)
-    assert scheduler.sigmas.tolist() == [0, 0.5, 1]
+    assert scheduler.sigmas.tolist() == [0, 0.5, 0.5, 1, 1]
     assert scheduler.timesteps.tolist() == [0, 500, 500, 1000]  # no rule is shortened at the noise
     for config in ({"path": "vp"}, {"prediction_type": "sample"}):
         scheduler = FlowMatchODEScheduler(**config)
@@ -334,7 +333,7 @@ def test_reverse_grid():
 # What the multistep rules integrate exactly
 
 
-@pytest.mark.parametrize("solver, degree", [("ab2", 1), ("ab3", 2), ("abm3", 2), ("abm4", 3)])
+@pytest.mark.parametrize("solver, degree", [("ab2", 1), ("ab3", 2), ("abm3", 2)])
 def test_adams_rules_integrate_polynomials(solver, degree):
     """A velocity that is a polynomial in sigma, on an uneven grid: exact from the call on that completes it."""
     scheduler = FlowMatchODEScheduler(solver=solver)

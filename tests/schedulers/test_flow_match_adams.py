@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The corrected Adams rules against their textbook form, on an uneven grid."""
+"""The corrected Adams rule against its textbook form, on an uneven grid."""
 
 import math
 
@@ -24,11 +24,10 @@ def integral(nodes: list[tuple[float, torch.Tensor]], start: float, end: float) 
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
-@pytest.mark.parametrize("order", [3, 4])
-def test_abm_is_adams_bashforth_moulton(order, path):
+def test_abm3_is_adams_bashforth_moulton(path):
     """The textbook keeps the corrected state; the scheduler adds the correction to the state that was predicted."""
     mixture, _ = reference_mixture(path)
-    scheduler = FlowMatchODEScheduler(path=path, solver=f"abm{order}")
+    scheduler = FlowMatchODEScheduler(path=path, solver="abm3")
     scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.7, 0.6, 0.35, 0.2, 0.1])
     generator = torch.Generator().manual_seed(0)
     sample = noise = torch.randn(4, 6, generator=generator, dtype=torch.float64)
@@ -38,11 +37,11 @@ def test_abm_is_adams_bashforth_moulton(order, path):
     nodes = []
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         nodes.append((sigma, mixture.velocity(predicted, sigma)))
-        if 0 < i < order:  # all steps so far, from the noise on
+        if 0 < i < 3:  # all steps so far, from the noise on
             corrected = noise + integral(nodes, sigmas[0], sigma)
         elif i > 0:
-            corrected = corrected + integral(nodes[-order:], sigmas[i - 1], sigma)
-        predicted = corrected + integral(nodes[-order:], sigma, following)
+            corrected = corrected + integral(nodes[-3:], sigmas[i - 1], sigma)
+        predicted = corrected + integral(nodes[-3:], sigma, following)
 
         velocity = mixture.velocity(sample, scheduler.timesteps[i].item() / 1000)
         sample = scheduler.step(velocity, scheduler.timesteps[i], sample).prev_sample

@@ -167,7 +167,7 @@ def test_last_step(last_step):
 ])  # fmt: skip
 def test_diffusion_forms(form, at_08):
     scheduler = FlowMatchSDEScheduler(diffusion_form=form, diffusion_norm=2.0)
-    assert scheduler._diffusion(0.8) == pytest.approx(at_08)
+    assert scheduler._diffusion(0.8, size=0.01) == pytest.approx(at_08)
 
 
 def test_without_diffusion_it_is_the_ode():
@@ -200,7 +200,7 @@ def test_grid_without_a_last_step():
     for solver, calls in (("euler", [1, 0.67, 0.34]), ("heun", [1, 0.67, 0.67, 0.34, 0.34, 0.01])):
         scheduler = FlowMatchSDEScheduler(last_step="none", sigma_min=0.01, solver=solver)
         scheduler.set_timesteps(3)
-        torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.67, 0.34, 0.01]))
+        torch.testing.assert_close(scheduler.sigmas, torch.tensor([*calls, 0.01]))
         torch.testing.assert_close(scheduler.timesteps, torch.tensor(calls) * 1000)
     scheduler = FlowMatchSDEScheduler(last_step="none")
     scheduler.set_timesteps(3)
@@ -219,7 +219,7 @@ def test_start_of_sbdm_is_finite():
         scheduler = FlowMatchSDEScheduler(path=path, diffusion_form="sbdm")
         scheduler.set_timesteps(4)
         assert scheduler.sigmas[0].item() == pytest.approx(first)
-        assert math.isfinite(scheduler._diffusion(scheduler.sigmas[0].item()))
+        assert math.isfinite(scheduler._diffusion(scheduler.sigmas[0].item(), size=1e-5))
 
 
 # Generators
