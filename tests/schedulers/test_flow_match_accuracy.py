@@ -219,6 +219,7 @@ def test_order_of_a_start_in_the_middle(config, order, steps):
     """The multistep rules start anew there."""
     mixture, start = reference_mixture()[0], 0.7 * randn64(16, 6, seed=2)
     expected, errors = solve(mixture, start, 0.5), []
+    steps *= 2 if config["solver"] == "rk4" else 1
     for number in (steps, 2 * steps):
         scheduler = FlowMatchODEScheduler(**config)
         scheduler.set_timesteps(number)
