@@ -281,15 +281,17 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                         f"`from_config({{**config, {name!r}: None}})`, or keep the other scheduler."
                     )
             if config.get("use_flow_sigmas"):
-                shift = kwargs.get("shift", config.get("flow_shift", 1.0))
-                if shift != kwargs.get("shift", config.get("shift", shift)):
+                shift = config.get("flow_shift", 1.0)
+                if "shift" not in kwargs and config.get("shift", shift) != shift:
                     raise ValueError(
                         f"The config has both `shift`={config['shift']} and `flow_shift`={shift}. Pass one of them as "
                         "`shift` to `from_config`."
                     )
-                is_flow = config.get("prediction_type") == "flow_prediction"
-                known = {name: config[name] for name in cls._get_init_keys(cls) - {"sigma_min"} if name in config}
-                config = {**known, "shift": shift, **({"prediction_type": "velocity"} if is_flow else {})}
+                # its `sigma_min` is the last of a Karras grid before 0, not where ours ends
+                names = cls._get_init_keys(cls) - {"sigma_min"}
+                config = {"shift": shift, **{name: value for name, value in config.items() if name in names}}
+                if config.get("prediction_type") == "flow_prediction":
+                    config["prediction_type"] = "velocity"
             elif config.get("beta_schedule") or config.get("trained_betas") is not None:
                 raise ValueError(
                     "The config is that of a diffusion scheduler: it has betas (`beta_schedule`, `trained_betas`) and "

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from diffusers import (
+    AutoencoderKL,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -15,6 +18,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
 
@@ -35,6 +39,7 @@ def build(seed: int, model_class, **config):
 
 class StableDiffusion3:
     gives_generator = False  # to `step`: the noise of an SDE comes from the global one
+    grid, time_unit = {"sigmas": SIGMAS}, 1
 
     def __init__(self):
         self.model = build(
@@ -56,6 +61,7 @@ class StableDiffusion3:
 
 class Flux:
     gives_generator = False
+    grid, time_unit = {"sigmas": SIGMAS, "mu": 0.5 - 240 * 0.65 / 3840}, 1000  # 16 tokens; `mu` is 0.5 at 256
 
     def __init__(self):
         self.model = build(
@@ -75,6 +81,7 @@ class Flux:
 
 class Sana:
     gives_generator = True
+    grid, time_unit = {"sigmas": SIGMAS}, 1
 
     def __init__(self):
         self.model = build(
@@ -98,6 +105,7 @@ class PixArt:
     """Its scheduler is not a flow's, and diffusers' flow schedulers lack what the pipeline asks of one."""
 
     gives_generator = True
+    grid, time_unit = {"sigmas": SIGMAS}, 1
 
     def __init__(self):
         self.model = build(
@@ -117,7 +125,30 @@ class PixArt:
         }  # fmt: skip
 
 
-PIPELINES = [StableDiffusion3, Flux, Sana, PixArt]
+class CogView4:
+    """It gives `sigmas`, which are shifted, and `timesteps`, which the model is told."""
+
+    gives_generator = False
+    grid, time_unit = {"sigmas": [1, 0.5, 0.001], "timesteps": [1000, 500, 1], "mu": 0.25 + 0.75 * 4 / 16}, 1
+
+    def __init__(self):
+        self.model = build(
+            0, CogView4Transformer2DModel, patch_size=2, in_channels=4, out_channels=4, num_layers=1,
+            attention_head_dim=8, num_attention_heads=2, text_embed_dim=16, time_embed_dim=8, condition_dim=4,
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75
+        )
+        self.pipe = CogView4Pipeline(
+            transformer=self.model, scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None
+        )
+        self.arguments = {
+            "prompt_embeds": randn(1, 16, 16), "negative_prompt_embeds": randn(1, 16, 16, seed=1),
+            "latents": randn(1, 4, 8, 8), "height": 64, "width": 64,
+        }  # fmt: skip
+
+
+PIPELINES = [StableDiffusion3, Flux, Sana, PixArt, CogView4]
 
 
 @pytest.fixture(scope="module", params=PIPELINES, ids=lambda pipeline: pipeline.__name__)
@@ -128,23 +159,36 @@ def case(request):
     return case
 
 
-def run(case, scheduler) -> tuple[torch.Tensor, int]:
-    """The latents and the number of model calls."""
+def run(case, scheduler, **arguments) -> tuple[torch.Tensor, list]:
+    """The latents, and input, time and output of each model call."""
     calls = []
+
+    def record(model, args, kwargs, output):
+        sample = args[0] if args else kwargs["hidden_states"]
+        calls.append((sample, kwargs["timestep"] * case.time_unit, output[0]))
+
     torch.manual_seed(0)
-    handle = case.model.register_forward_hook(lambda *_: calls.append(None))
+    handle = case.model.register_forward_hook(record, with_kwargs=True)
     case.pipe.scheduler = scheduler
     try:
         latents = case.pipe(
-            **case.arguments,
-            num_inference_steps=STEPS,
+            **{**case.arguments, "num_inference_steps": STEPS, **arguments},
             output_type="latent",
             **({"generator": torch.Generator().manual_seed(0)} if case.gives_generator else {}),
         ).images
     finally:
         handle.remove()
     assert latents.isfinite().all()
-    return latents, len(calls)
+    return latents, calls
+
+
+def replay(scheduler, sample: torch.Tensor, calls: list) -> torch.Tensor:
+    """A loop by hand with the recorded outputs of the model, whose inputs must be those of the pipeline."""
+    for timestep, (model_input, time, output) in zip(scheduler.timesteps[-len(calls) :], calls, strict=True):
+        torch.testing.assert_close(model_input, sample)
+        torch.testing.assert_close(time, timestep.expand(len(sample)))
+        sample = scheduler.step(output, timestep, sample).prev_sample
+    return sample
 
 
 def test_euler_is_diffusers_euler(case):
@@ -152,7 +196,7 @@ def test_euler_is_diffusers_euler(case):
         pytest.skip("this pipeline does not take diffusers' flow schedulers")
     expected, expected_calls = run(case, FlowMatchEulerDiscreteScheduler.from_config(case.original.config))
     actual, calls = run(case, FlowMatchODEScheduler.from_config(case.original.config))
-    assert calls == expected_calls == STEPS
+    assert len(calls) == len(expected_calls) in (STEPS, 2 * STEPS)  # CogView4 calls twice for guidance
     # the schedulers agree bit for bit; two evaluations of a network agree to rounding
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     # and back
@@ -162,22 +206,61 @@ def test_euler_is_diffusers_euler(case):
 
 @pytest.mark.parametrize(
     "solver, expected_calls",
-    [("heun", 5), ("midpoint", 6), ("rk4", 11), ("ab2", 3), ("ab3", 3), ("abm3", 3), ("multistep", 3)],
+    [("euler", 3), ("heun", 5), ("midpoint", 6), ("rk4", 11), ("ab2", 3), ("ab3", 3), ("abm3", 3), ("multistep", 3)],
 )
 def test_other_solvers(case, solver, expected_calls):
-    euler, _ = run(case, FlowMatchODEScheduler.from_config(case.original.config))
-    actual, calls = run(case, FlowMatchODEScheduler.from_config(case.original.config, solver=solver))
-    assert calls == expected_calls
-    assert not torch.equal(actual, euler)
-    # three steps of a random network: nearer to Euler than Euler to its start; another sign would be twice as far
-    assert (actual - euler).square().mean() < 0.6 * (euler - case.arguments["latents"]).square().mean()
+    """The pipeline gives the scheduler the calls of a loop by hand, and the model what the scheduler returns."""
+    config = case.original.config
+    if "timesteps" in case.grid and expected_calls != STEPS:
+        with pytest.raises(ValueError, match="`sigmas` and `timesteps` have 3 and 3 entries, .* Give one of them"):
+            run(case, FlowMatchODEScheduler.from_config(config, solver=solver))
+        return
+    actual, calls = run(case, FlowMatchODEScheduler.from_config(config, solver=solver), guidance_scale=1.0)
+    assert len(calls) == expected_calls
+    scheduler = FlowMatchODEScheduler.from_config(config, solver=solver)
+    scheduler.set_timesteps(**case.grid)
+    torch.testing.assert_close(actual, replay(scheduler, case.arguments["latents"], calls))
+    euler, _ = run(case, FlowMatchODEScheduler.from_config(config), guidance_scale=1.0)
+    assert torch.equal(actual, euler) == (solver == "euler")
+
+
+@pytest.mark.parametrize("steps, begin", [(5, 2), (2, 0)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4), ("abm3", 1)])
+def test_image_to_image(solver, order, steps, begin):
+    """A latent image is noised to a time of the grid, and integrated from there."""
+    case = StableDiffusion3()
+    vae = build(0, AutoencoderKL, block_out_channels=(4,), latent_channels=4, norm_num_groups=1)
+    case.pipe = StableDiffusion3Img2ImgPipeline(**{**case.pipe.components, "vae": vae})
+    case.pipe.set_progress_bar_config(disable=True)
+    image = case.arguments.pop("latents")
+    del case.arguments["sigmas"]  # of which the pipeline counts the calls as steps
+    arguments = {
+        "image": image, "strength": 0.6 if begin else 1.0, "num_inference_steps": steps, "height": 8, "width": 8,
+        "guidance_scale": 1.0,
+    }  # fmt: skip
+
+    def noised(scheduler):
+        torch.manual_seed(0)  # as `run`
+        return scheduler.scale_noise(image, scheduler.timesteps[begin * scheduler.order], torch.randn(image.shape))
+
+    actual, calls = run(case, FlowMatchODEScheduler(shift=3.0, solver=solver), **arguments)
+    scheduler = FlowMatchODEScheduler(shift=3.0, solver=solver)
+    scheduler.set_timesteps(steps)
+    assert len(calls) == len(scheduler.timesteps) - begin * order
+    torch.testing.assert_close(actual, replay(scheduler, noised(scheduler), calls))
+    if solver == "euler":
+        arguments["sigmas"] = [1 - i / steps for i in range(steps)]  # diffusers' default grid is another
+        expected, _ = run(case, FlowMatchEulerDiscreteScheduler(shift=3.0), **arguments)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver, expected_calls", [("euler", 3), ("heun", 5)])
 def test_sde(case, solver, expected_calls):
     config = case.original.config
+    if "timesteps" in case.grid and expected_calls != STEPS:
+        pytest.skip("this pipeline takes solvers of one call a step")
     actual, calls = run(case, FlowMatchSDEScheduler.from_config(config, solver=solver))
-    assert calls == expected_calls
+    assert len(calls) in (expected_calls, 2 * expected_calls)
     again, _ = run(case, FlowMatchSDEScheduler.from_config(config, solver=solver))
     torch.testing.assert_close(again, actual, rtol=1e-5, atol=1e-5)
     without_noise, _ = run(case, FlowMatchSDEScheduler.from_config(config, solver=solver, diffusion_norm=0.0))

@@ -71,14 +71,14 @@ def test_gaussian_data(last_step, form, path):
     assert kolmogorov_smirnov(sample, data.mean, data.deviation) < 0.03  # 0.018 is the 1 % quantile of exact samples
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver, last_step", [*(("euler", name) for name in LAST_STEPS), ("heun", "tweedie")])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("form", FORMS)
-def test_mixture_data(form, path, solver):
+def test_mixture_data(form, path, solver, last_step):
     """In 6 dimensions, where an error of the score would show in the weights of the components."""
     mixture, _ = reference_mixture(path)
     scheduler = FlowMatchSDEScheduler(
-        path=path, solver=solver, diffusion_form=form, diffusion_norm=norm_for(form), last_step="tweedie"
+        path=path, solver=solver, diffusion_form=form, diffusion_norm=norm_for(form), last_step=last_step
     )
     scheduler.set_timesteps(60)
     noise, generator = start((1000, 6))
@@ -88,6 +88,24 @@ def test_mixture_data(form, path, solver):
     torch.testing.assert_close(sample.mean(dim=0), exact.mean(dim=0), rtol=0, atol=0.2)
     assert sample.var(dim=0).mean().item() == pytest.approx(spread.item(), rel=0.1)
     assert abs(energy_distance(sample, exact)) < 0.03
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("last_step", ["none", "tweedie"])
+def test_constant_diffusion(last_step, path, solver):
+    """Of a norm that moves the samples, to a sigma where 60 steps can follow it: noised data comes out."""
+    mixture, _ = reference_mixture(path)
+    scheduler = FlowMatchSDEScheduler(
+        path=path, solver=solver, diffusion_form="constant", diffusion_norm=0.3, last_step=last_step, sigma_min=0.1,
+        last_step_size=0.15,
+    )  # fmt: skip
+    scheduler.set_timesteps(60)
+    noise, generator = start((1000, 6))
+    sample = integrate(scheduler, noise, mixture.velocity, generator)
+    exact = mixture.path.interpolate(mixture.sample(1000, generator), start((1000, 6), seed=1)[0], 0.1)
+    assert abs(energy_distance(sample, exact)) < 0.03
+    assert sample.var(dim=0).mean().item() == pytest.approx(exact.var(dim=0).mean().item(), rel=0.1)
 
 
 # Exact moments: data and noise are Gaussian, so that the last sample is linear in the first one and the noise of each
@@ -113,11 +131,13 @@ def moments(scheduler, data, monkeypatch) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("form", ["constant", "sigma", "linear", "decreasing", "increasing-decreasing"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_weak_order(solver, order, form, path, monkeypatch):
     """The distribution at sigma = 0.25, where every form is far from stiff."""
-    data, end = Gaussian(0.5, 1.3, path), 0.25
+    if form == "sbdm" and path != "vp":
+        pytest.skip("its D is infinite at sigma = 1")
+    data, end = Gaussian(0.5, 0.6, path), 0.25
     c = data.path.coefficients(end)
     expected = (c.a * data.mean).item(), ((c.a * data.deviation) ** 2 + c.b**2).sqrt().item()
     if path == "vp":  # the noise end of "vp" holds a little data, which a start from a standard normal leaves out
@@ -134,7 +154,9 @@ def test_weak_order(solver, order, form, path, monkeypatch):
         if expected is not None:
             assert abs(values[2] - expected[i]) < (0.01 if order == 1 else 1e-3)
         differences = abs(values[0] - values[1]), abs(values[1] - values[2])
-        if differences[1] > 3e-6:  # below, the leading term of the error happens to vanish
+        if (i, path) == (0, "linear"):  # the mean goes along a straight line
+            assert max(differences) < 1e-9
+        else:
             assert math.log2(differences[0] / differences[1]) >= order - 0.25
 
 
@@ -170,15 +192,58 @@ def test_diffusion_forms(form, at_08):
     assert scheduler._diffusion(0.8, size=0.01) == pytest.approx(at_08)
 
 
-def test_without_diffusion_it_is_the_ode():
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_without_diffusion_it_is_the_ode(solver, form):
     mixture, noise = reference_mixture()[0], start((8, 6))[0]
-    for solver in ("euler", "heun"):
-        ode, sde = FlowMatchODEScheduler(solver=solver), FlowMatchSDEScheduler(solver=solver, diffusion_norm=0.0)
-        ends = []
-        for scheduler in (ode, sde):
-            scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.3])
-            ends.append(integrate(scheduler, noise, mixture.velocity))
-        torch.testing.assert_close(*ends)
+    sde = FlowMatchSDEScheduler(solver=solver, diffusion_norm=0.0, diffusion_form=form)
+    if form == "decreasing":  # whose norm is that of the cosine
+        assert sde._diffusion(0.3, size=0.1) == sde._diffusion(0.9, size=0.1) == 0.25
+        return
+    ends = []
+    for scheduler in (FlowMatchODEScheduler(solver=solver), sde):
+        scheduler.set_timesteps(sigmas=[0.99, 0.6, 0.3])
+        ends.append(integrate(scheduler, noise, mixture.velocity))
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_last_step_to_sigma_min(path):
+    """The mean of the data given x, with the noise of `sigma_min`; before, the steps of the SDE go on to there."""
+    scheduler = FlowMatchSDEScheduler(path=path, last_step="tweedie", sigma_min=0.2)
+    scheduler.set_timesteps(sigmas=[0.3])
+    data, noise = randn(2, 3).double(), randn(2, 3, seed=1).double()
+    sample, velocity = scheduler.path.interpolate(data, noise, 0.3), scheduler.path.velocity(data, noise, 0.3)
+    expected = scheduler.path.interpolate(data, noise, 0.2)
+    # the grid is float32
+    torch.testing.assert_close(scheduler.step(velocity, 300.0, sample).prev_sample, expected, rtol=0, atol=1e-6)
+
+
+def test_timesteps():
+    ends = []
+    for arguments in ({"timesteps": [999, 500, 100.1]}, {"sigmas": [0.999, 0.5, 0.1001]}):
+        scheduler = FlowMatchSDEScheduler(shift=1.0 if "sigmas" in arguments else 3.0)  # times are never shifted
+        scheduler.set_timesteps(**arguments)
+        torch.testing.assert_close(scheduler.timesteps, torch.tensor([999, 500, 100.1]))
+        noise, generator = start((8, 6))
+        ends.append(integrate(scheduler, noise, reference_mixture()[0].velocity, generator))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("form, norm", [("sbdm", 1.0), ("constant", 3.0)])
+def test_diffusion_that_no_step_can_follow(form, norm, solver):
+    """It is held to what takes all noise away, so that the state has the size of the noise throughout."""
+    data = Gaussian()
+    scheduler = FlowMatchSDEScheduler(diffusion_form=form, diffusion_norm=norm, last_step="tweedie", solver=solver)
+    scheduler.set_timesteps(20)
+    sample, generator = start((8000, 1))
+    for timestep in scheduler.timesteps:
+        velocity = data.velocity(sample, timestep.item() / 1000)
+        sample = scheduler.step(velocity, timestep, sample, generator=generator).prev_sample
+        assert sample.std() < 2.5
+    assert sample.mean().item() == pytest.approx(data.mean, abs=0.1)
+    assert sample.std().item() == pytest.approx(data.deviation, rel=0.25)
 
 
 # The grid
@@ -412,7 +477,11 @@ def test_wrong_calls():
         scheduler.step(sample, 1000.0, sample)
     with pytest.raises(ValueError, match="`num_inference_steps`=0 must be at least 1"):
         scheduler.set_timesteps(0)
+    with pytest.raises(ValueError, match="`reverse`=True is for FlowMatchODEScheduler: the SDE goes from noise"):
+        scheduler.set_timesteps(4, reverse=True)
     scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="`generator` has 3 entries for 2 samples. Give one, or one for each sample"):
+        scheduler.step(sample, 1000.0, sample, generator=[torch.Generator()] * 3)
     scheduler.step(sample, 1000.0, sample)
     with pytest.raises(ValueError, match=r"`timestep`=1000.0 is out of order: call 1 of this trajectory is at 680"):
         scheduler.step(sample, 1000.0, sample)

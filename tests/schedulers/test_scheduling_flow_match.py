@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from diffusers_dyna import FlowMatchODEScheduler, FlowMatchSDEScheduler
 from diffusers_dyna.schedulers import FlowMatchODESchedulerOutput
@@ -126,6 +133,61 @@ def test_user_grids(convert):
     scheduler.set_timesteps(3, timesteps=convert([900.0, 254.0, 0.5]))
     assert scheduler.timesteps.tolist() == [900, 254, 0.5]  # never shifted
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([0.9, 0.254, 0.0005, 0.0]))
+
+
+@pytest.mark.parametrize("timesteps", [[999, 333.3, 7, 0.1], list(range(1000, 0, -1))], ids=["uneven", "all"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_user_timesteps_are_taken_as_they_are(solver, timesteps):
+    """t / 1000 * 1000 is not always t in float32."""
+    scheduler = FlowMatchODEScheduler(solver=solver)
+    scheduler.set_timesteps(timesteps=timesteps)
+    assert torch.equal(scheduler.timesteps[:: scheduler.order], torch.tensor(timesteps, dtype=torch.float32))
+    scheduler.set_timesteps(timesteps=timesteps, reverse=True)
+    expected = torch.tensor([0, *timesteps[:0:-1]], dtype=torch.float32)
+    assert torch.equal(scheduler.timesteps[:: scheduler.order], expected)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_each_call_has_its_sigma(solver, reverse, steps):
+    """As in diffusers, its Heun included: pipelines index `sigmas` by the call."""
+    scheduler = FlowMatchODEScheduler(solver=solver, shift=3.0)
+    scheduler.set_timesteps(steps, reverse=reverse)
+    assert len(scheduler.sigmas) == len(scheduler.timesteps) + 1
+    assert torch.equal(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
+    assert scheduler.sigmas[-1] == (1 if reverse else 0)
+    if solver == "heun" and not reverse:
+        theirs = FlowMatchHeunDiscreteScheduler()
+        theirs.set_timesteps(steps)
+        ours = FlowMatchODEScheduler(solver="heun")
+        ours.set_timesteps(sigmas=theirs.timesteps[::2] / 1000)
+        torch.testing.assert_close(ours.sigmas, theirs.sigmas)
+
+
+@pytest.mark.parametrize("config", [{"shift": 3.0}, {"use_dynamic_shifting": True, "time_shift_type": "linear"}])
+@pytest.mark.parametrize("timesteps", [[1000, 500, 1], [900, 254, 3]])
+def test_sigmas_and_the_times_that_the_model_is_told(config, timesteps):
+    """As CogView4 and GLM-Image call it: the sigmas are shifted, the times are not."""
+    arguments = {"sigmas": [1.0, 0.5, 0.001], "timesteps": np.array(timesteps, dtype=np.float32), "mu": 0.4}
+    theirs, ours = FlowMatchEulerDiscreteScheduler(**config), FlowMatchODEScheduler(**config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(**arguments)
+    assert torch.equal(ours.sigmas, theirs.sigmas) and torch.equal(ours.timesteps, theirs.timesteps)
+    assert torch.equal(run(ours, randn(*SHAPE))[0], run(theirs, randn(*SHAPE))[0])
+    for solver in ("abm3", "multistep"):
+        ours = FlowMatchODEScheduler(**config, solver=solver)
+        ours.set_timesteps(**arguments)
+        assert torch.equal(ours.sigmas, theirs.sigmas) and ours.timesteps.tolist() == timesteps
+        assert run(ours, randn(*SHAPE))[1] == 3
+    if "shift" not in config:
+        with pytest.raises(ValueError, match="`mu` must be given where `use_dynamic_shifting`"):
+            ours.set_timesteps(sigmas=[1.0, 0.5], timesteps=[1000, 1])
+    heun = FlowMatchODEScheduler(**config, solver="heun")
+    with pytest.raises(
+        ValueError, match="have 3 and 3 entries, and `solver`='heun' has 2 calls a step. Both together"
+    ):
+        heun.set_timesteps(**arguments)
 
 
 def test_user_timesteps_need_no_mu():
@@ -243,6 +305,67 @@ def test_from_config_both_ways(other):
     heun = FlowMatchODEScheduler(solver="heun")
     assert FlowMatchODEScheduler.from_config(other.from_config(heun.config).config).config.solver == "heun"
     assert FlowMatchODEScheduler.from_config(ours.config, solver="heun").order == 2
+
+
+# What the Hub has for Sana and for Wan
+DPM_CONFIG = {"flow_shift": 3.0, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_CONFIGS = [DPMSolverMultistepScheduler(**DPM_CONFIG).config, UniPCMultistepScheduler(**DPM_CONFIG).config]
+
+
+@pytest.mark.parametrize("config", FLOW_CONFIGS, ids=["DPM++", "UniPC"])
+def test_from_a_flow_config_of_a_diffusion_scheduler(config, tmp_path):
+    """The same flow: of a model, the same data at every sigma, on the shifted grid."""
+    with logged_warnings() as warnings:
+        scheduler = FlowMatchODEScheduler.from_config(config)
+    assert warnings == []
+    assert (scheduler.config.prediction_type, scheduler.shift, scheduler.config.path) == ("velocity", 3.0, "linear")
+    scheduler.set_timesteps(4)
+    reference = FlowMatchODEScheduler(shift=3.0)
+    reference.set_timesteps(4)
+    assert torch.equal(scheduler.timesteps, reference.timesteps)
+    theirs = (DPMSolverMultistepScheduler if "algorithm_type" in config else UniPCMultistepScheduler)(**DPM_CONFIG)
+    theirs.set_timesteps(1)
+    sample, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    theirs._step_index = 0
+    sigma = theirs.sigmas[0].item()
+    expected = scheduler.path.convert(output, sample, sigma, "velocity", "sample")
+    torch.testing.assert_close(theirs.convert_model_output(output, sample=sample), expected)
+
+    assert FlowMatchODEScheduler.from_config(config, shift=5.0, solver="abm3").shift == 5.0
+    assert FlowMatchSDEScheduler.from_config(config, prediction_type="velocity").shift == 3.0
+    scheduler = FlowMatchODEScheduler.from_config({**config, "_class_name": "DPMSolverMultistepScheduler"}, shift=2.0)
+    scheduler.save_pretrained(tmp_path)
+    loaded = FlowMatchODEScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.prediction_type, loaded.shift) == ("velocity", 2.0)
+    # through a scheduler of diffusers that reads `shift`
+    euler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    with pytest.raises(ValueError, match="The config has both `shift`=1.0 and `flow_shift`=3.0. Pass one of them"):
+        FlowMatchODEScheduler.from_config(euler.config)
+    assert FlowMatchODEScheduler.from_config(euler.config, shift=1.0).shift == 1.0
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchODEScheduler, FlowMatchSDEScheduler])
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (
+            DDPMScheduler(),
+            "The config is that of a diffusion scheduler: it has betas .* make FlowMatch.*Scheduler with",
+        ),
+        (DDPMScheduler(trained_betas=[0.1] * 1000, beta_schedule=None), "The config is that of a diffusion scheduler"),
+        (DPMSolverMultistepScheduler(), "The config is that of a diffusion scheduler"),
+        (
+            DPMSolverMultistepScheduler(**DPM_CONFIG, thresholding=True),
+            "The config sets `thresholding`, which FlowMatch",
+        ),
+        (EDMEulerScheduler(), "The config sets `sigma_max`, which FlowMatch"),
+    ],
+    ids=["DDPM", "betas", "DPM++", "thresholding", "EDM"],
+)
+def test_config_of_another_process(scheduler, other, message):
+    """Integrated along our path, its model would make a wrong picture without a word."""
+    with pytest.raises(ValueError, match=message):
+        scheduler.from_config(other.config)
 
 
 GRIDS = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
@@ -773,6 +896,22 @@ def test_step_out_of_order(solver, index):
     assert scheduler.step_index == 2
 
 
+@pytest.mark.parametrize("steps", [250, 1000, 4000])
+def test_step_out_of_order_on_a_fine_grid(steps):
+    """Neighbours are nearer than what rounding to 16 bits moves a time, so that only such a one may be between them."""
+    scheduler = FlowMatchODEScheduler()
+    scheduler.set_timesteps(steps)
+    sample = randn(*SHAPE)
+    scheduler.step(sample, scheduler.timesteps[0], sample)
+    for index in (0, 2):
+        with pytest.raises(ValueError, match="is out of order: call 1 of this trajectory is at 99"):
+            scheduler.step(sample, scheduler.timesteps[index], sample)
+    assert scheduler.index_for_timestep(scheduler.timesteps[steps // 2]) == steps // 2
+    with pytest.raises(ValueError, match="is not on the grid"):
+        scheduler.index_for_timestep((scheduler.timesteps[0] + scheduler.timesteps[1]) / 2)
+    scheduler.step(sample, scheduler.timesteps[1].half(), sample)
+
+
 def test_begin_index_and_timestep_disagree():
     scheduler = FlowMatchODEScheduler()
     scheduler.set_timesteps(4)
@@ -791,18 +930,11 @@ def test_heun_cannot_begin_inside_a_step():
         scheduler.step(sample, scheduler.timesteps[1], sample)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"stochastic_sampling": True},
-    ],
-)
-def test_a_config_that_asks_for_more_is_refused(setting):
-    config = FlowMatchEulerDiscreteScheduler(**setting).config
-    (name,) = setting
-    with pytest.raises(ValueError, match=f"sets `{name}`, which FlowMatchODEScheduler does not have"):
-        FlowMatchODEScheduler.from_config(config).set_timesteps(4)
-    scheduler = FlowMatchODEScheduler.from_config({**config, name: None})
+def test_a_config_that_asks_for_more_is_refused():
+    config = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True).config
+    with pytest.raises(ValueError, match="sets `stochastic_sampling`, which FlowMatchODEScheduler does not have"):
+        FlowMatchODEScheduler.from_config(config)
+    scheduler = FlowMatchODEScheduler.from_config({**config, "stochastic_sampling": None})
     scheduler.set_timesteps(4)
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.75, 0.5, 0.25, 0]))
 
@@ -813,6 +945,25 @@ def test_grid_that_does_not_fall_to_its_end():
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.7, 0.4, 0.1]))
     with pytest.raises(ValueError, match="The grid ends at `sigma_min`=0.1, but its last step already starts at 0.05"):
         scheduler.set_timesteps(sigmas=[1.0, 0.05])
+
+
+@pytest.mark.parametrize("config, mu", [({"shift": 0.5}, None), ({"use_dynamic_shifting": True}, -1.0)], ids=str)
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_default_grid_with_a_shift_falls_to_its_end(steps, config, mu):
+    """The even grid goes to what the shift moves to `sigma_min`."""
+    scheduler = FlowMatchODEScheduler(**config, sigma_min=0.1)
+    scheduler.set_timesteps(steps, mu=mu)
+    shift = math.exp(mu) if mu else 0.5
+    start = scheduler.sigmas.double() / (shift + (1 - shift) * scheduler.sigmas.double())
+    torch.testing.assert_close(start.diff(), start.diff().mean().expand(steps), rtol=1e-5, atol=0)
+    assert scheduler.sigmas[-1].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("config, mu", [({"shift": 1e8}, None), ({"use_dynamic_shifting": True}, 40.0)], ids=str)
+def test_shift_that_leaves_no_steps(config, mu, solver):
+    with pytest.raises(ValueError, match=r"leaves no strictly falling float32 numbers: \[1.0, .* Use a shift or `mu`"):
+        FlowMatchODEScheduler(**config, solver=solver).set_timesteps(5, mu=mu)
 
 
 def test_begin_index_below_zero():
