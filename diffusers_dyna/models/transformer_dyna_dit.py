@@ -816,7 +816,7 @@ class DynaDiTBlock(nn.Module):
 
     def compile(self, *args, **kwargs) -> None:
         """
-        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that one or two of them
+        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that a few of them
         serve every decision.
 
         Args:
@@ -1112,7 +1112,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     under `torch.no_grad` only what is on is computed (**skipping**): the weights are cut to the active heads and channel
     groups, and the MLP runs on the selected tokens. Masked and skipping give the same output.
 
-    [`compile`] and `compile_repeated_blocks` keep the skipping form, with one or two graphs for all blocks and timesteps;
+    [`compile`] and `compile_repeated_blocks` keep the skipping form, with a few graphs for all blocks and timesteps;
     with `router_mode="threshold"` these skip heads and groups and mask tokens. `torch.compile(model)` and layers whose
     weights cannot be cut (quantised, DoRA) run masked.
 
