@@ -258,9 +258,8 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: dict | None = None, return_unused_kwargs: bool = False, **kwargs):
         """
-        Makes a scheduler from the config of another. Of one of diffusers' diffusion schedulers in flow form (DPM++ or
-        UniPC with `use_flow_sigmas`, as Sana's and Wan's), `flow_shift` is the shift and "flow_prediction" is
-        "velocity".
+        Makes a scheduler from the config of another. Of DPM++ or UniPC in flow form (`use_flow_sigmas`, as Sana and Wan
+        have it), `flow_shift` becomes `shift` and "flow_prediction" becomes "velocity".
 
         Args:
             config (`dict`): the other's `config`.
@@ -374,6 +373,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         if timesteps is not None:
             times = self._check_grid("timesteps", timesteps, maximum, num_inference_steps)
+            grid = times / np.float32(maximum)
         if sigmas is not None:
             grid = self._check_grid("sigmas", sigmas, 1, num_inference_steps)
             if times is not None and (len(times) != len(grid) or self.order > 1):
@@ -382,9 +382,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                     f"{self.config.solver!r} has {self.order} calls a step. Both together, the times are what the model "
                     "is given at the sigmas: as many, and one call a step. Give one of them, or another solver."
                 )
-        elif times is not None:
-            grid = times / np.float32(maximum)
-        else:
+        elif times is None:
             if not isinstance(num_inference_steps, numbers.Real) or num_inference_steps % 1 != 0:
                 raise ValueError(f"`num_inference_steps`={num_inference_steps!r} must be a whole number of steps.")
             if num_inference_steps < 1:
@@ -421,7 +419,6 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             for row in ((), *rule[:-1])
         ]
         self.sigmas = torch.tensor([*calls, ends[-1]], dtype=torch.float32)
-        self._call_sigmas = self.sigmas.tolist()
         model_times = self.sigmas[:-1] * maximum
         if times is not None:  # as they are, not by way of sigma and back
             times = np.append(times, np.float32(end * maximum))
@@ -651,7 +648,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         source = self.config.prediction_type
         if source == "velocity" and self.config.invert_sigmas:
             model_output = -model_output
-        sigma = self._flip_time(self._call_sigmas[index])
+        sigma = self._flip_time(self.sigmas[index].item())
         return self.path.convert(model_output.to(sample.dtype), sample, sigma, source, target)
 
 
@@ -861,7 +858,7 @@ class FlowMatchODEScheduler(_FlowMatchScheduler):
 
     def _multistep_weights(self, order: int, corrects: bool, end: float) -> tuple[float, list[float]]:
         """`scale` and `weights` such that x(end) = scale * x + sum of weights * history."""
-        nodes = self._call_sigmas[: self._step_index + 1][-len(self._history) :]
+        nodes = self.sigmas[: self._step_index + 1][-len(self._history) :].tolist()
         now, start = nodes[-1], nodes[-1]
         if self._step_index - self._first_index < order:
             start = nodes[0]  # all predictions so far are at hand: integrate anew from the first on

@@ -330,6 +330,7 @@ class TestBadInput:
             ({"rtol": 0}, "`rtol`=0 must be above 0"),
             ({"atol": -1e-5}, "`atol`=-1e-05 must be above 0"),
             ({"rtol": float("nan")}, "`rtol`=nan must be above 0"),
+            ({"num_train_timesteps": 0}, "`num_train_timesteps`=0 must be at least 1"),
             ({"method": "rk4"}, "`method`='rk4' is unknown. Use one of 'dopri5', 'dopri8', 'bosh3'"),
             ({"sigma_end": -0.1}, r"from sigma = 1.0 to -0.1: they must differ and be in \[0, 1\]"),
             ({"sigma_start": 0.0}, "from sigma = 0.0 to 0.0: they must differ"),
