@@ -6,6 +6,9 @@ import logging
 import math
 
 import torch
+from packaging.version import Version
+
+import diffusers
 
 from diffusers_dyna import DynaDiTTransformer2DModel, DynaUNet2DModel
 
@@ -171,6 +174,10 @@ def logged_warnings():
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
+
+
+# Before diffusers 0.42 FlowMatchEuler told the model the shifted times where it was given `sigmas` and `timesteps`.
+EULER_KEEPS_GIVEN_TIMES = Version(diffusers.__version__) >= Version("0.42.0.dev0")
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:

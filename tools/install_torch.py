@@ -18,8 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from pip._vendor.packaging.requirements import Requirement
-
 
 PIP_INSTALL = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile"]
 CUDA_PACKAGE = re.compile(r"(nvidia|cuda)-|(pytorch-)?triton$")
@@ -40,6 +38,9 @@ def ask_pip(requirement: list[str], run: Run) -> dict | None:
 
 def cuda_packages(report: dict) -> list[str]:
     """The CUDA packages that the reported wheels require on this platform."""
+    # Not at the top: in a process that has loaded pip, setuptools and with it inductor cannot be imported any more.
+    from pip._vendor.packaging.requirements import Requirement
+
     names = []
     for item in report["install"]:
         for line in item["metadata"].get("requires_dist", []):

@@ -24,7 +24,7 @@ from diffusers import (
 
 from diffusers_dyna import FlowMatchODEScheduler, FlowMatchSDEScheduler
 
-from ..testing_utils import randn
+from ..testing_utils import EULER_KEEPS_GIVEN_TIMES, randn
 
 
 STEPS = 3
@@ -194,6 +194,8 @@ def replay(scheduler, sample: torch.Tensor, calls: list) -> torch.Tensor:
 def test_euler_is_diffusers_euler(case):
     if isinstance(case.original, FlowMatchODEScheduler):
         pytest.skip("this pipeline does not take diffusers' flow schedulers")
+    if "timesteps" in case.grid and not EULER_KEEPS_GIVEN_TIMES:
+        pytest.skip("this version of diffusers tells the model other times than it is given")
     expected, expected_calls = run(case, FlowMatchEulerDiscreteScheduler.from_config(case.original.config))
     actual, calls = run(case, FlowMatchODEScheduler.from_config(case.original.config))
     assert len(calls) == len(expected_calls) in (STEPS, 2 * STEPS)  # CogView4 calls twice for guidance
