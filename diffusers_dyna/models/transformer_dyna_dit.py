@@ -1940,8 +1940,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 def _fill_up(count: int, batch_size: int, device: torch.device) -> int:
     """
     Tokens of each image to compute, at least `count`, so that a CPU sees few numbers of rows: multiples of 16, from 128
-    on. oneDNN compiles a kernel for each number and keeps 1024 of them, fewer than the calls of a long trajectory have;
-    one takes 0.6 to 1.3 ms, as long as 40 to 200 rows.
+    on. oneDNN compiles a kernel for each number, which takes longer than the rows that are added, and keeps 1024 of them,
+    fewer than the calls of a long trajectory have.
     """
     if device.type != "cpu" or batch_size * count < 128:
         return count
