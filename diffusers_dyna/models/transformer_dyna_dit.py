@@ -246,23 +246,21 @@ class DynaLinear(nn.Linear):
         unless `with_full` asks for the order of a cut.
         """
         if len(groups) == self.num_heads and not with_full:
-            rows = columns = _identity
-        else:
-            rows, columns = self._cut_rows, self._cut_columns
-        weight = columns(rows(self.weight, groups), groups)
+            groups = None
+        weight = self._cut_columns(self._cut_rows(self.weight, groups), groups)
         for down, up, scale in low_rank:
-            update = rows(up, groups) @ columns(down, groups)
+            update = self._cut_rows(up, groups) @ self._cut_columns(down, groups)
             weight = weight + (scale * update).to(weight.dtype)
-        return weight, None if self.bias is None else rows(self.bias, groups)
+        return weight, None if self.bias is None else self._cut_rows(self.bias, groups)
 
     def _cut_rows(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[1]:
+        if groups is None or not self.dyna_dim[1]:
             return tensor
         stacked = tensor.view(self.num_stacked, self.num_heads, -1, *tensor.shape[1:])
         return _take(stacked, groups, dim=1).transpose(0, 1).reshape(-1, *tensor.shape[1:])
 
     def _cut_columns(self, tensor, groups) -> torch.Tensor:
-        if not self.dyna_dim[0]:
+        if groups is None or not self.dyna_dim[0]:
             return tensor
         return _take(tensor.unflatten(1, (self.num_heads, -1)), groups, dim=1).flatten(1)
 
@@ -282,10 +280,6 @@ class DynaQKVLinear(DynaLinear):
 
     def __init__(self, dim: int, num_heads: int, bias: bool = True):
         super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
-
-
-def _identity(tensor: torch.Tensor, groups) -> torch.Tensor:
-    return tensor
 
 
 def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
