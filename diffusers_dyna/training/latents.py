@@ -44,7 +44,7 @@ class LatentSource(ImageSource):
         index = json.loads((Path(cache_dir) / INDEX_NAME).read_text())
         self.source = source
         self.name, self.labels, self.id2label, self.facts = source.name, source.labels, source.id2label, source.facts
-        self.num_images = source.num_images
+        self.num_images, self.captions = source.num_images, source.captions
         self.identity = index["identity"]
         self.shard_size = self.identity["shard_size"]
         self.bad_images = {int(i): reason for i, reason in index["bad_images"].items()}
