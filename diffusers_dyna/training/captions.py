@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, PreTrainedModel
 
 from accelerate import Accelerator
 from diffusers.utils import logging
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, PreTrainedModel
 
 from .randomness import keyed_uniform
 from .shards import INDEX_NAME, ShardReader, build_shards, hash_identity, hash_weights
@@ -184,6 +184,29 @@ def distinct(captions: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(caption for of_image in captions for caption in of_image))
 
 
+def check_sequence_length(max_sequence_length: int | None, text_encoder: PreTrainedModel, tokenizer) -> int:
+    """
+    Args:
+        max_sequence_length (`int`, *optional*): tokens of a caption.
+        text_encoder ([`~transformers.PreTrainedModel`]): its config may have `max_position_embeddings`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its `model_max_length` may be huge, for unknown.
+
+    Returns:
+        `int`: `max_sequence_length`; in the place of `None` the most that both take, 128 where none of them tells.
+
+    Raises:
+        `ValueError`: if it is below 1, or more than they take.
+    """
+    most = min(tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", 2**16))
+    if max_sequence_length is None:
+        return most if most < 2**16 else 128
+    if not 1 <= max_sequence_length <= most:
+        raise ValueError(
+            f"`--max_sequence_length` {max_sequence_length} must be in [1, {most}]: the text encoder takes no more tokens."
+        )
+    return max_sequence_length
+
+
 @torch.no_grad()
 def build_caption_cache(
     cache_dir: str | Path,
@@ -191,7 +214,7 @@ def build_caption_cache(
     text_encoder: PreTrainedModel,
     tokenizer,
     accelerator: Accelerator,
-    max_sequence_length: int = 77,
+    max_sequence_length: int | None = None,
     batch_size: int = 32,
     shard_size: int = 8192,
     dtype: torch.dtype = torch.float32,
@@ -210,8 +233,9 @@ def build_caption_cache(
             `last_hidden_state` is kept.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         accelerator ([`~accelerate.Accelerator`]): the run's.
-        max_sequence_length (`int`, defaults to `77`): tokens of a caption, with those of begin and end; longer ones are
-            cut, with a warning.
+        max_sequence_length (`int`, *optional*):
+            Tokens of a caption, with those of begin and end; longer ones are cut, with a warning. `None` is the
+            `model_max_length` of the tokenizer, 128 where it tells none.
         batch_size (`int`, defaults to `32`): captions to encode at a time; another one may round differently.
         shard_size (`int`, defaults to `8192`): captions of a shard, which is in memory while it is made.
         dtype (`torch.dtype`, defaults to `torch.float32`): what to store; `torch.float16` takes half the disk.
@@ -223,21 +247,14 @@ def build_caption_cache(
         `ValueError`: if `max_sequence_length` is more than the encoder takes, the states are not finite, or the folder
             holds a damaged cache or that of other captions, settings or weights.
     """
-    longest = min(
-        tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
-    )
-    if not 1 <= max_sequence_length <= longest:
-        raise ValueError(
-            f"`max_sequence_length`={max_sequence_length} must be in [1, {longest}]: the text encoder takes no more "
-            "tokens."
-        )
+    max_sequence_length = check_sequence_length(max_sequence_length, text_encoder, tokenizer)
     texts = distinct(captions)
     token_ids = tokenizer(texts, verbose=False)["input_ids"]
     too_long = sum(len(ids) > max_sequence_length for ids in token_ids)
     if too_long and accelerator.is_main_process:
         logger.warning(
-            f"{too_long} of {len(texts)} captions have more than {max_sequence_length} tokens and are cut there. Give a "
-            f"larger `--max_sequence_length`, up to {longest}."
+            f"{too_long} of {len(texts)} captions have more than {max_sequence_length} tokens and are cut there, at "
+            "`--max_sequence_length`."
         )
     identity = {
         "captions": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],

@@ -305,7 +305,9 @@ def _read_metadata(path: Path) -> Iterator[tuple[str, dict]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} must be an object such as {{...}}, but is {line.strip()[:50]}.")
+                raise ValueError(
+                    f"{path}, line {number} must be an object such as {{...}}, but is {line.strip()[:50]}."
+                )
             yield f"{path}, line {number}", row
 
 
@@ -732,7 +734,7 @@ def open_image_source(args, with_captions: bool = False) -> ImageSource:
             _load_dataset(args),
             name=Path(args.dataset_name).name if is_local else args.dataset_name,
             image_column=args.image_column,
-            label_column=None if args.unconditional or with_captions else args.label_column,
+            label_column=None if with_captions or args.unconditional else args.label_column,
             caption_column=args.caption_column if with_captions else None,
         )
         if not is_local:
@@ -741,7 +743,7 @@ def open_image_source(args, with_captions: bool = False) -> ImageSource:
     source = load_fashion_mnist(args.data_root) if args.dataset == "fashion-mnist" else load_digits()
     if with_captions:
         source.captions = [[source.id2label[int(label)]] for label in source.labels]
-    if args.unconditional or with_captions:
+    if with_captions or args.unconditional:
         source.labels = source.id2label = None
     return source
 

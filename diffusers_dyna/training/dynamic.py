@@ -3,6 +3,7 @@
 
 import argparse
 import importlib.util
+import inspect
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from .warm_start import adapt_transformer, load_transformer
 NUM_ACTIVITY_IMAGES, NUM_ACTIVITY_TIMES = 8, 20
 
 
-def make_transformer(args: argparse.Namespace, checkpoint: Path | None, expected: dict) -> DynaDiTTransformer2DModel:
+def make_transformer(
+    args: argparse.Namespace, checkpoint: Path | None, expected: dict, with_text: bool = False
+) -> DynaDiTTransformer2DModel:
     """
     The transformer at the start of a run, or that of a checkpoint.
 
@@ -28,6 +31,9 @@ def make_transformer(args: argparse.Namespace, checkpoint: Path | None, expected
         args (`argparse.Namespace`): with the arguments of `add_transformer_arguments` and `add_budget_arguments`.
         checkpoint (`Path`, *optional*): what the run continues from.
         expected (`dict`): what data and task ask of its config.
+        with_text (`bool`, defaults to `False`):
+            Whether it reads captions: `cross_attention_dim` is that of `args`, or of the weights to start from, or the
+            width of the model.
 
     Returns:
         [`DynaDiTTransformer2DModel`].
@@ -40,18 +46,31 @@ def make_transformer(args: argparse.Namespace, checkpoint: Path | None, expected
     if args.pretrained_model_name_or_path is None:
         config = DYNA_DIT_CONFIGS[args.preset] if args.preset else {}
         shape = {name: getattr(args, name) for name in arguments.SHAPE if getattr(args, name) is not None}
-        return DynaDiTTransformer2DModel(
-            **{**config, **expected, **shape, "router_mode": args.router_mode or "capacity"}
-        )
+        config = {**config, **expected, **shape, "router_mode": args.router_mode or "capacity"}
+        if with_text:
+            config["cross_attention_dim"] = args.cross_attention_dim or _width(config)
+        return DynaDiTTransformer2DModel(**config)
+    path = args.pretrained_model_name_or_path
+    transformer = load_transformer(path)
     if args.router_mode is not None:
         expected = {**expected, "router_mode": args.router_mode}
-    path = args.pretrained_model_name_or_path
-    transformer = adapt_transformer(load_transformer(path), expected, f"`--pretrained_model_name_or_path` {path}")
+    if with_text:
+        dim = args.cross_attention_dim or transformer.config.cross_attention_dim or _width(transformer.config)
+        expected = {**expected, "cross_attention_dim": dim}
+    transformer = adapt_transformer(transformer, expected, f"`--pretrained_model_name_or_path` {path}")
     if args.static:
         # Routers that were trained would make the saved pipeline dynamic again.
         for block in transformer.transformer_blocks:
             transformer.initialize_routers(block)
     return transformer
+
+
+def _width(config: dict) -> int:
+    defaults = inspect.signature(DynaDiTTransformer2DModel).parameters
+    heads, head_dim = (
+        config.get(name, defaults[name].default) for name in ("num_attention_heads", "attention_head_dim")
+    )
+    return heads * head_dim
 
 
 def parameter_groups(transformer: DynaDiTTransformer2DModel, args: argparse.Namespace) -> list[dict] | None:
