@@ -77,14 +77,14 @@ def randomize_dit_(model: DynaDiTTransformer2DModel, seed: int = 0) -> DynaDiTTr
                 draw(parameter, 1.0, 0.3)
             elif name.endswith("bias"):
                 draw(parameter, 0.0, 0.1)
-            elif "class_embedding" in name:
+            elif "class_embedding" in name or "null_caption" in name:
                 draw(parameter, 0.0, 0.5)
             elif "pos_embed" not in name:
                 draw(parameter, 0.0, 1.5 * unit)
         draw(model.time_embedding.linear_1.weight, 0.0, 0.1)  # 256 features, about half of them with the time
         draw(model.time_embedding.linear_2.weight, 0.0, 2 * unit)
         for block in model.transformer_blocks:
-            for router in (block.attn_rate, block.mlp_rate):
+            for router in block.group_routers():
                 draw(router.weight, 0.0, 6 * unit)
                 draw(router.bias, 0.0, 2.0)
             selection = block.token_selection
