@@ -221,6 +221,21 @@ def test_keys_and_values_of_the_text_are_computed_once():
     assert model.plan_bytes == 0
 
 
+def test_plan_orders_heads_of_the_text_too():
+    """A plan puts heads into an order of its own, which prepared keys and values follow."""
+    arguments = text_inputs(same_time=True)
+    model = tiny_dyna_dit(num_attention_heads=8, attention_head_dim=4, **TEXT)
+    times = torch.linspace(20, 980, 12)
+    expected = [run_masked(model, arguments, timestep=time).sample for time in times]
+    text = {name: value for name, value in arguments.items() if "caption" in name or "encoder" in name}
+    model.prepare_timesteps(times, **text)
+    sets = [decision.cross_heads[0][1] for decisions in model._plan.decisions for decision in decisions]
+    assert sum(list(heads) != sorted(heads) for heads in sets) > 5
+    for step, time in enumerate(times):
+        model.set_plan_step(step)
+        torch.testing.assert_close(run(model, arguments, timestep=time).sample, expected[step], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "change",
     [
