@@ -276,8 +276,9 @@ def create_model_card(
             Folder of the pipeline. Its `training_summary.json`, if any, tells how the model was trained.
         repo_id (`str`): repository that the card is for, `"owner/name"`; the code in the card loads from it.
         facts (`dict`, *optional*):
-            Facts that replace or extend those of `training_summary.json`, with the same keys, and two more: `limits`
-            (list of sentences) and `citation` (BibTeX of this very model).
+            Facts that replace or extend those of `training_summary.json`, with the same keys, and three more: `limits`
+            (list of sentences), `citation` (BibTeX of this very model) and `text_encoder` (`name`, `url`, `license` and
+            `max_sequence_length`; without it, what the script's arguments tell).
         license (`str`, *optional*): licence of the weights, as the Hub names it (`"apache-2.0"`).
         datasets (`str` or `list[str]`, *optional*): ids on the Hub of the training data.
         base_model (`str` or `list[str]`, *optional*): id on the Hub of the model that this one was trained from.
@@ -309,8 +310,14 @@ def create_model_card(
         datasets=_as_list(datasets) or _hub_dataset(facts.get("dataset", {})),
         base_model=base_model,
     )
+    arguments = facts.get("args", {})
+    text_encoder = {
+        "name": arguments.get("text_encoder"),
+        "max_sequence_length": arguments.get("max_sequence_length"),
+        **facts.get("text_encoder", {}),
+    }
     sections = [
-        f"# {repo_id.split('/')[-1]}\n\n{_description(folder, objective, facts.get('text_encoder', {}))}",
+        f"# {repo_id.split('/')[-1]}\n\n{_description(folder, objective, text_encoder)}",
         _loading(folder, repo_id, remote_code_revision, facts.get("sample_grid", {})),
         _samples(facts.get("sample_grid", {})),
         _activity(folder),
@@ -492,12 +499,12 @@ def _description(folder: PipelineFolder, objective: str | None, text_encoder: di
         rows.append([f"`{name}`", f"`{class_name}`", ", ".join(details)])
     text += "\n\n" + _table(rows, ["Component", "Class", "Size"])
 
-    if text_encoder.get("name"):
+    if folder.has_text_encoder and text_encoder["name"]:
         name, url = text_encoder["name"], text_encoder.get("url") or ""
         text += "\n\nThe text encoder is " + (f"[{name}]({url})" if url.startswith("https://") else name)
         if text_encoder.get("license"):
             text += f", licence {text_encoder['license']}"
-        if text_encoder.get("max_sequence_length"):
+        if text_encoder["max_sequence_length"]:
             text += f"; captions had at most {text_encoder['max_sequence_length']} tokens in training"
         text += "."
 
