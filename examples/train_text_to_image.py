@@ -37,26 +37,13 @@ import os
 from pathlib import Path
 
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
 
-import diffusers_dyna
+from diffusers_dyna import DynaDiTTextToImagePipeline
 from diffusers_dyna.conversion import sort_by_importance
 from diffusers_dyna.hub import check_can_publish
 from diffusers_dyna.training import arguments, captions, data, dynamic, latents, objectives
 from diffusers_dyna.training.randomness import keyed_seed
 from diffusers_dyna.training.run import TrainingRun, cache_latents, load_vae, make_loader
-
-
-def _init(self, transformer, scheduler, text_encoder, tokenizer, vae=None):  # until the package has the pipeline
-    DiffusionPipeline.__init__(self)
-    self.register_modules(
-        transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
-    )
-
-
-DynaDiTTextToImagePipeline = getattr(diffusers_dyna, "DynaDiTTextToImagePipeline", None) or type(
-    "DynaDiTTextToImagePipeline", (DiffusionPipeline,), {"__init__": _init, "_optional_components": ["vae"]}
-)
 
 
 def make_parser() -> argparse.ArgumentParser:
