@@ -50,11 +50,9 @@ from pathlib import Path
 import torch
 
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-import diffusers_dyna
-from diffusers_dyna import DynaDiTPipeline
+from diffusers_dyna import DynaDiTInpaintPipeline, DynaDiTPipeline, DynaDiTUpscalePipeline
 from diffusers_dyna.conversion import sort_by_importance
 from diffusers_dyna.hub import check_can_publish
 from diffusers_dyna.training import arguments, data, dynamic, latents, objectives, tasks
@@ -65,18 +63,7 @@ from diffusers_dyna.training.run import TrainingRun, cache_latents, load_vae, ma
 from diffusers_dyna.training.shards import hash_weights
 
 
-def _bare(name):  # until the package has the pipelines
-    def init(self, transformer, scheduler, vae=None, id2label=None):
-        DiffusionPipeline.__init__(self)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=id2label)
-
-    return type(name, (DiffusionPipeline,), {"__init__": init, "_optional_components": ["vae"]})
-
-
-PIPELINES = {"generate": DynaDiTPipeline}
-for task, name in (("inpaint", "DynaDiTInpaintPipeline"), ("upscale", "DynaDiTUpscalePipeline")):
-    PIPELINES[task] = getattr(diffusers_dyna, name, None) or _bare(name)
+PIPELINES = {"generate": DynaDiTPipeline, "inpaint": DynaDiTInpaintPipeline, "upscale": DynaDiTUpscalePipeline}
 
 
 def make_parser() -> argparse.ArgumentParser:
