@@ -190,6 +190,7 @@ class TestTraining:
             vae=tmp_path / "vae",
             random_flip=True,
             resolution=8,
+            static=True,
             max_train_steps=3,
         )
         pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "run")
@@ -208,6 +209,7 @@ class TestWarmStart:
             pretrained_model_name_or_path=tmp_path / "classes",
             text_encoder=encoder,
             dataset="digits",
+            static=True,
             max_train_steps=1,
             learning_rate=1e-12,
             num_validation_images=0,
@@ -248,7 +250,7 @@ class TestResume:
         assert_same_run(tmp_path / "whole", tmp_path / "parts", 40)
 
     def test_the_encoder_and_the_cache_may_move(self, run_here, options, encoder, tmp_path):
-        settings = {**options, "num_validation_images": 0, "gradient_accumulation_steps": 2}
+        settings = {**options, "static": True, "num_validation_images": 0, "gradient_accumulation_steps": 2}
         run_here(tmp_path / "whole", max_train_steps=6, **settings)
         run_here(tmp_path / "parts", max_train_steps=4, caption_cache_dir=tmp_path / "cache", **settings)
         for path in encoder.iterdir():
@@ -259,7 +261,7 @@ class TestResume:
         assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
 
     def test_other_captions_are_another_run(self, run_here, options, pictures, tmp_path):
-        settings = {**options, "num_validation_images": 0}
+        settings = {**options, "static": True, "num_validation_images": 0}
         run_here(tmp_path / "run", max_train_steps=1, **settings)
         lines = (pictures / "metadata.jsonl").read_text().splitlines(keepends=True)
         other = tmp_path / "other" / pictures.name
