@@ -146,18 +146,16 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
     @staticmethod
     def _text_channels(transformer) -> int | None:
         """Width of the text states that the transformer takes, `None` for one without text."""
-        if transformer.config.get("cross_attention_dim") is None:
-            return None
-        return transformer.config.get("caption_channels") or transformer.config.cross_attention_dim
+        return transformer.config.caption_channels or transformer.config.cross_attention_dim
 
     @staticmethod
     def _task_of(transformer) -> str:
         config = transformer.config
-        if config.get("noise_level_conditioning"):
+        if config.noise_level_conditioning:
             return "upscale"
-        if config.get("condition_channels"):
+        if config.condition_channels > 0:
             return "inpaint"
-        return "generate" if config.get("cross_attention_dim") is None else "text-to-image"
+        return "generate" if config.cross_attention_dim is None else "text-to-image"
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -523,8 +521,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 As `prompt_attention_mask`.
             max_sequence_length (`int`, *optional*):
-                Most tokens of a text; what is longer is cut, with a warning. `None` is the tokenizer's
-                `model_max_length`, 128 where it tells none.
+                Most tokens of a text; what is longer is cut, with a warning. `None` is what the tokenizer and the text
+                encoder take, 128 where they tell no number.
             device (`torch.device`, *optional*): where the transformer runs.
 
         Returns:
@@ -558,9 +556,15 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def _encode_text(self, name: str, text: str | list[str], max_sequence_length: int | None, device) -> tuple:
         texts = [text] if isinstance(text, str) else list(text)
-        longest = max_sequence_length
-        if longest is None:  # transformers gives a huge number where nothing is known
-            longest = self.tokenizer.model_max_length if self.tokenizer.model_max_length < 2**16 else 128
+        # transformers gives a huge number where nothing is known
+        most = min(
+            self.tokenizer.model_max_length, getattr(self.text_encoder.config, "max_position_embeddings", 2**30)
+        )
+        longest = max_sequence_length or (most if most < 2**16 else 128)
+        if longest > most:
+            raise ValueError(
+                f"`max_sequence_length`={longest} is more than the {most} tokens that `text_encoder` takes."
+            )
         tokens = self.tokenizer(texts, padding="longest", max_length=longest, truncation=True, return_tensors="pt")
         for entry, ids in zip(texts, self.tokenizer(texts).input_ids, strict=True):
             if len(ids) > longest:
@@ -911,7 +915,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 after `after_step`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `("latents",)`):
                 The tensors that the callback gets: `"latents"`, and of a model with text `"prompt_embeds"` and
-                `"negative_prompt_embeds"`, the two halves of its text states.
+                `"negative_prompt_embeds"`, the two halves of its text states; `None` where the null caption stands.
 
         Returns:
             `tuple`: the final latents, and the compute ratio, the mean of all images and calls, or `None`.
@@ -988,17 +992,14 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         latents = after_step(i, next_i, latents)
 
                     if callback_on_step_end is not None:
-                        text = conditions.encoder_hidden_states
-                        tensors = {"latents": latents}
-                        if text is not None:
-                            tensors["prompt_embeds"] = text[: len(latents)]
-                            tensors["negative_prompt_embeds"] = text[len(latents) :]
-                        given = {name: tensors.get(name) for name in callback_on_step_end_tensor_inputs}
-                        returned = callback_on_step_end(self, i, t, given) or {}
-                        latents = returned.get("latents", latents)
-                        if any(returned.get(name, tensors[name]) is not tensors[name] for name in list(tensors)[1:]):
-                            text = [returned.get(name, tensors[name]) for name in list(tensors)[1:]]
-                            conditions = replace(conditions, encoder_hidden_states=torch.cat(text))
+                        texts = _halves_of_text(conditions, len(latents))
+                        tensors = {"latents": latents, "prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+                        given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                        changed = {**tensors, **(callback_on_step_end(self, i, t, given) or {})}
+                        latents = changed["latents"]
+                        new_texts = (changed["prompt_embeds"], changed["negative_prompt_embeds"])
+                        if any(new is not old for new, old in zip(new_texts, texts, strict=True)):
+                            conditions = _with_texts(conditions, *new_texts)
                             conditions_of = {True: conditions, False: conditions.rows(len(latents))}
 
                     if call == len(steps) - 1 or (
@@ -1063,6 +1064,26 @@ def _hidden_size(text_encoder) -> int:
         f"`text_encoder` ({type(text_encoder).__name__}) has neither `hidden_size` nor `d_model` in its config. Use a "
         "text encoder of transformers, such as CLIPTextModel, T5EncoderModel or BertModel."
     )
+
+
+def _halves_of_text(conditions: DynaDiTConditions, num_rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Text states of the conditional half and of the null half, `None` where there is no text."""
+    text = conditions.encoder_hidden_states
+    if text is None:
+        return None, None
+    has_negative = len(text) > num_rows and conditions.caption_dropout_mask is None
+    return text[:num_rows], text[num_rows:] if has_negative else None
+
+
+def _with_texts(
+    conditions: DynaDiTConditions, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None
+) -> DynaDiTConditions:
+    """Other text states of the same shape, in new memory; without a negative text the null half stays."""
+    text, num_rows = conditions.encoder_hidden_states, len(prompt_embeds)
+    if negative_prompt_embeds is None:
+        return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
+    text = torch.cat([prompt_embeds, negative_prompt_embeds])
+    return replace(conditions, encoder_hidden_states=text, caption_dropout_mask=None)
 
 
 def _stack_texts(states: list[tuple[torch.Tensor, torch.Tensor | None]], num_rows: int) -> tuple:
