@@ -581,7 +581,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"`max_sequence_length`={longest} is more than the {most} tokens that `text_encoder` takes."
             )
         tokens = self.tokenizer(texts, padding="longest", max_length=longest, truncation=True, return_tensors="pt")
-        for entry, ids in zip(texts, self.tokenizer(texts).input_ids, strict=True):
+        for entry, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
             if len(ids) > longest:
                 logger.warning(
                     f"`{name}` {entry!r} is longer than {longest} tokens. This part was cut off: "

@@ -7,9 +7,14 @@ import math
 
 import torch
 from packaging.version import Version
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import diffusers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from diffusers_dyna import DynaDiTTransformer2DModel, DynaUNet2DModel
 
@@ -206,3 +211,30 @@ def counted_macs(model, arguments: dict, **overrides) -> float:
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         model(**{**arguments, **overrides})
     return counter.get_total_flops() / 2 / len(arguments["hidden_states"])
+
+
+def tiny_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One token a word, between [CLS] and [SEP]; [PAD] is 0 and [UNK] 1."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def tiny_text_encoder(vocab_size: int, seed: int = 0) -> BertModel:
+    """States of width 16 that differ from word to word."""
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertModel(config).eval()

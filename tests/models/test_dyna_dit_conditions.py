@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers import AutoModel, PyramidAttentionBroadcastConfig
+from accelerate import cpu_offload
+from diffusers import AutoModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
 from diffusers_dyna import DynaDiTTransformer2DModel
 from diffusers_dyna.models.transformer_dyna_dit import DynaAttnProcessor, DynaKVLinear
@@ -218,6 +219,21 @@ def test_keys_and_values_of_the_text_are_computed_once():
         DynaKVLinear.forward = method
     model.clear_plan()
     assert model.plan_bytes == 0
+
+
+def test_plan_orders_heads_of_the_text_too():
+    """A plan puts heads into an order of its own, which prepared keys and values follow."""
+    arguments = text_inputs(same_time=True)
+    model = tiny_dyna_dit(num_attention_heads=8, attention_head_dim=4, **TEXT)
+    times = torch.linspace(20, 980, 12)
+    expected = [run_masked(model, arguments, timestep=time).sample for time in times]
+    text = {name: value for name, value in arguments.items() if "caption" in name or "encoder" in name}
+    model.prepare_timesteps(times, **text)
+    sets = [decision.cross_heads[0][1] for decisions in model._plan.decisions for decision in decisions]
+    assert sum(list(heads) != sorted(heads) for heads in sets) > 5
+    for step, time in enumerate(times):
+        model.set_plan_step(step)
+        torch.testing.assert_close(run(model, arguments, timestep=time).sample, expected[step], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -441,6 +457,35 @@ def test_pyramid_attention_broadcast_of_the_text_layers():
         again = run(model, arguments).sample
     assert calls == [16, 7] * 3 + [16] * 3
     torch.testing.assert_close(again, first, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [TEXT, UPSCALE], ids=["text", "noise level"])
+def test_accelerate_cpu_offload(config):
+    """Weights are on the meta device between the calls of their layers, and so is the null caption."""
+    if config is TEXT:
+        arguments = text_inputs(same_time=True)
+    else:
+        arguments = dit_inputs(same_time=True) | {"hidden_states": randn(3, 8, 8, 8), "noise_level": 20.0}
+    model = mixed_dyna_dit(arguments, **config)
+    expected = run(model, arguments).sample
+    prepared = {name: value for name, value in arguments.items() if name not in ("hidden_states", "timestep")}
+    cpu_offload(model, "cpu", offload_buffers=True)
+    model.prepare_timesteps(arguments["timestep"][:1], **prepared)
+    for _ in range(2):
+        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+
+
+def test_first_block_cache():
+    """A similar step runs the first block alone, its attention to the text included."""
+    arguments = text_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments, **TEXT)
+    expected = run(model, arguments).sample
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    with model.cache_context("cond"):
+        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+        again = run(model, arguments, output_masks=True)
+    torch.testing.assert_close(again.sample, expected, **CLOSE)
+    assert again.cross_attn_masks[:, 0].any() and not again.cross_attn_masks[:, 1:].any()
 
 
 # Images in further channels, and their noise level
