@@ -969,7 +969,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Draws from the VAE's posterior. A list has one for each image.
             sample_mode (`str`, defaults to `"sample"`): `"sample"` draws, `"argmax"` is the mean of the posterior.
-            sample_mode (`str`, defaults to `"sample"`): `"sample"`, or `"argmax"` for the mode of the posterior.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, float32, scaled by
@@ -980,13 +979,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
-            rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
-            return torch.cat(rows)
-        output = self.vae.encode(image.to(self.vae.dtype))
-        if not hasattr(output, "latent_dist"):  # AutoencoderTiny has none
-            latents = output.latents
-        else:
-            latents = output.latent_dist.sample(generator) if sample_mode == "sample" else output.latent_dist.mode()
             self.check_generator(generator, len(image))
             return torch.cat(
                 [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
