@@ -202,7 +202,8 @@ def check_sequence_length(max_sequence_length: int | None, text_encoder: PreTrai
         return most if most < 2**16 else 128
     if not 1 <= max_sequence_length <= most:
         raise ValueError(
-            f"`--max_sequence_length` {max_sequence_length} must be in [1, {most}]: the text encoder takes no more tokens."
+            f"`--max_sequence_length` {max_sequence_length} must be in [1, {most}]: the text encoder or its tokenizer "
+            "takes no more tokens."
         )
     return max_sequence_length
 

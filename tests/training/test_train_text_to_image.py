@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusers import AutoencoderKL
+from transformers import BertConfig, BertModel
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaDiTTransformer2DModel
 from diffusers_dyna.training.captions import EncodedCaptions
@@ -225,10 +226,18 @@ class TestWarmStart:
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         assert expected.abs().max() > 0.05
 
+    def test_a_model_that_reads_the_states_as_they_are_goes_on(self, run_here, options, tmp_path):
+        """Without a projection of its own, which would have to start from nothing."""
+        config = {"sample_size": 8, "in_channels": 3, "num_classes": None, "learn_sigma": False, "num_layers": 2}
+        config |= {"num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 16}
+        DynaDiTTransformer2DModel(**config).save_pretrained(tmp_path / "model")
+        settings = {**options, "static": True, "max_train_steps": 1, "num_validation_images": 0}
+        run_here(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "model", **settings)
+        model = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer")
+        assert (model.config.caption_channels, model.config.cross_attention_dim) == (None, 16)
+
     def test_another_encoder_does_not_fit(self, run_here, static_run, options, tmp_path):
         config = json.loads((options["text_encoder"] / "config.json").read_text())
-        from transformers import BertConfig, BertModel
-
         BertModel(BertConfig.from_dict({**config, "hidden_size": 8})).save_pretrained(tmp_path / "encoder")
         tiny_tokenizer(["a"]).save_pretrained(tmp_path / "encoder")
         with pytest.raises(ValueError, match="it has `caption_channels`=16 instead of 8"):
