@@ -134,16 +134,22 @@ def tiny_text_encoder(kind: str = "bert", width: int = 16):
     return encoder.eval()
 
 
-def train_tiny(draw, steps: int = 250, **overrides) -> DynaDiTTransformer2DModel:
+def train_tiny(draw, steps: int = 100, **overrides) -> DynaDiTTransformer2DModel:
     """
     A static transformer of one channel, trained for a few seconds by flow matching to predict noise - data.
 
     `draw(count, generator)` makes clean images, their condition channels or None, and further arguments.
     """
-    settings = {"in_channels": 1, "num_classes": None, "class_dropout_prob": 0.0, "learn_sigma": False, **overrides}
+    settings = {
+        "in_channels": 1,
+        "num_classes": None,
+        "class_dropout_prob": 0.0,
+        "learn_sigma": False,
+        "num_layers": 2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DynaDiTTransformer2DModel(**{**TINY_DIT, "attention_head_dim": 12, **settings})
+        model = DynaDiTTransformer2DModel(**{**TINY_DIT, **settings, **overrides})
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)

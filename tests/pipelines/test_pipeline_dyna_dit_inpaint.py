@@ -516,10 +516,8 @@ def drawing():
     return quiet(DynaDiTInpaintPipeline(transformer, FlowMatchODEScheduler()))
 
 
-@pytest.mark.parametrize(
-    "name, jump_n_sample, limit", [("filling", 1, 0.12), ("drawing", 1, 0.25), ("drawing", 4, 0.12)]
-)
-def test_holes_are_filled_with_what_is_around_them(request, name, jump_n_sample, limit):
+@pytest.mark.parametrize("name, jump_n_sample", [("filling", 1), ("drawing", 1), ("drawing", 4)])
+def test_holes_are_filled_with_what_is_around_them(request, name, jump_n_sample):
     """
     Image and mask: the grey of the hole follows the image, and the hole is where the mask is. Without either, the mean
     error would be that of two draws from [0.05, 0.95], 0.3.
@@ -532,7 +530,7 @@ def test_holes_are_filled_with_what_is_around_them(request, name, jump_n_sample,
         pipe, spoiled, masks, num_inference_steps=10, jump_n_sample=jump_n_sample, generator=generators(*range(16))
     )
     errors = ((results - images).abs() * masks).sum(dim=(1, 2, 3)) / 16
-    assert errors.mean() < limit
+    assert errors.mean() < 0.1
     assert torch.equal(results * (1 - masks), images * (1 - masks))
 
 
