@@ -45,7 +45,8 @@ def runs(run_here, tmp_path_factory):
     """120 static steps of each task."""
     folder = tmp_path_factory.mktemp("tasks")
     for task, options in TASKS.items():
-        run_here(folder / task, static=True, max_train_steps=120, learning_rate=5e-3, validation_steps=60, **options)
+        options = {**options, "max_train_steps": 120, "validation_steps": 60, "num_validation_images": 9}
+        run_here(folder / task, static=True, learning_rate=5e-3, **options)
     return folder
 
 
