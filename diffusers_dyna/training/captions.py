@@ -15,7 +15,14 @@ import torch
 
 from accelerate import Accelerator
 from diffusers.utils import logging
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+)
 
 from .randomness import keyed_uniform
 from .shards import INDEX_NAME, ShardReader, build_shards, hash_identity, hash_weights
@@ -95,7 +102,7 @@ def load_text_encoder(path: str, subfolder: str | None = None) -> tuple:
     config = AutoConfig.from_pretrained(path, **folder)
     if config.model_type in ("clip", "clip_text_model"):
         model_class = CLIPTextModel
-    elif type(config) in AutoModelForTextEncoding._model_mapping.keys():
+    elif type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         model_class = AutoModelForTextEncoding
     else:
         raise ValueError(

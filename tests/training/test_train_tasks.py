@@ -146,7 +146,7 @@ def test_latents(run_here, tmp_path, task):
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(tmp_path / "vae")
-    options = {**TASKS[task], "vae": tmp_path / "vae", "max_train_steps": 4, "static": True}
+    options = {**TASKS[task], "vae": tmp_path / "vae", "max_train_steps": 4, "static": True, "unconditional": True}
     run_here(tmp_path / "run", **options)
     config = load(tmp_path / "run").config
     assert (config.sample_size, config.in_channels) == (4, 2)
