@@ -10,7 +10,14 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
-from .pipelines import DynaDiTImg2ImgPipeline, DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaUNetPipeline
+from .pipelines import (
+    DynaDiTImg2ImgPipeline,
+    DynaDiTInpaintPipeline,
+    DynaDiTPipeline,
+    DynaDiTTextToImagePipeline,
+    DynaDiTUpscalePipeline,
+    DynaUNetPipeline,
+)
 from .schedulers import (
     FlowMatchODEScheduler,
     FlowMatchPath,
@@ -24,9 +31,11 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DYNA_DIT_CONFIGS",
     "DynaDiTImg2ImgPipeline",
+    "DynaDiTInpaintPipeline",
     "DynaDiTPipeline",
     "DynaDiTTextToImagePipeline",
     "DynaDiTTransformer2DModel",
+    "DynaDiTUpscalePipeline",
     "DynaUNet2DModel",
     "DynaUNetPipeline",
     "FlowMatchODEScheduler",
