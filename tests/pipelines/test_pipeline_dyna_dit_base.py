@@ -343,6 +343,10 @@ def test_encode_image(shift_factor):
     assert_close(latents, expected)
     with torch.no_grad():
         assert_close(pipe.encode_image(images[:1], generators(3)[0]), expected[:1])
+        mode = (posterior.mean - (shift_factor or 0.0)) * 0.5
+        assert_close(pipe.encode_image(images, sample_mode="argmax"), mode)
+        with pytest.raises(ValueError, match="`generator` is a list of 3, but 2 images are to be drawn"):
+            pipe.encode_image(images, generators(3, 4, 5))
         decoded = pipe.vae.decode(latents / 0.5 + (shift_factor or 0.0)).sample
         assert_close(pipe.decode_latents(latents), decoded)
         pipe.vae.to(torch.bfloat16)
