@@ -788,8 +788,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn.")
+        self._check_generators(generator, batch_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -800,6 +799,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.add_noise(image_latents.to(device=device, dtype=torch.float32), latents, timestep)
         # FlowMatchEulerDiscreteScheduler has no `init_noise_sigma`: its noise has unit variance.
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    @staticmethod
+    def _check_generators(generator, num_images: int) -> None:
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def add_noise(self, sample: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """
@@ -910,7 +914,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
-            self.check_generator(generator, len(image))
+            self._check_generators(generator, len(image))
             rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
             return torch.cat(rows)
         output = self.vae.encode(image.to(self.vae.dtype))
