@@ -586,7 +586,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         for entry, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
             if len(ids) > longest:
                 logger.warning(
-                    f"`{name}` {entry!r} is longer than {longest} tokens. This part was cut off: "
+                    f"`{name}` has {len(ids)} tokens, but the first {longest} count. This part was cut off: "
                     f"{self.tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)!r}."
                 )
             if len(ids) == 0:
