@@ -122,7 +122,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         # The image without what is to be painted, and the mask; the low-resolution image.
         condition_channels = {"inpaint": config.in_channels + 1, "upscale": config.in_channels}.get(trained_for, 0)
-        if config.get("condition_channels", 0) != condition_channels:
+        if config.condition_channels != condition_channels:
             raise ValueError(
                 f"`transformer` has `condition_channels`={config.condition_channels}, but for the task {trained_for} with "
                 f"`in_channels`={config.in_channels} there must be {condition_channels}. Use a transformer trained for it."
@@ -788,8 +788,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn.")
+        self._check_generators(generator, batch_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -800,6 +799,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.add_noise(image_latents.to(device=device, dtype=torch.float32), latents, timestep)
         # FlowMatchEulerDiscreteScheduler has no `init_noise_sigma`: its noise has unit variance.
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    @staticmethod
+    def _check_generators(generator, num_images: int) -> None:
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def add_noise(self, sample: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """
@@ -910,6 +914,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
+            self._check_generators(generator, len(image))
             rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
             return torch.cat(rows)
         output = self.vae.encode(image.to(self.vae.dtype))
