@@ -54,7 +54,9 @@ def make_transformer(
     transformer = load_transformer(path)
     if args.router_mode is not None:
         expected = {**expected, "router_mode": args.router_mode}
-    if with_text:
+    if with_text and transformer.config.cross_attention_dim and not transformer.config.caption_channels:
+        expected = {**expected, "caption_channels": None, "cross_attention_dim": expected["caption_channels"]}
+    elif with_text:
         dim = args.cross_attention_dim or transformer.config.cross_attention_dim or _width(transformer.config)
         expected = {**expected, "cross_attention_dim": dim}
     transformer = adapt_transformer(transformer, expected, f"`--pretrained_model_name_or_path` {path}")

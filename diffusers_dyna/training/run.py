@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import PIL.Image
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -584,8 +583,6 @@ class TrainingRun:
         Returns:
             `list[PIL.Image.Image]`.
         """
-        if not callable(pipeline):  # until the package has the pipeline of the task
-            return [PIL.Image.new("L", (8, 8))]
         args, model = self.args, getattr(pipeline, self.component)
         num_classes, num_images = model.config.num_classes, args.num_validation_images
         inputs = self.validation_inputs
