@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -123,7 +122,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         # The image without what is to be painted, and the mask; the low-resolution image.
         condition_channels = {"inpaint": config.in_channels + 1, "upscale": config.in_channels}.get(trained_for, 0)
-        if config.get("condition_channels", 0) != condition_channels:
+        if config.condition_channels != condition_channels:
             raise ValueError(
                 f"`transformer` has `condition_channels`={config.condition_channels}, but for the task {trained_for} with "
                 f"`in_channels`={config.in_channels} there must be {condition_channels}. Use a transformer trained for it."
@@ -149,14 +148,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 id2label={str(k): v for k, v in id2label.items()} if id2label is not None else None
             )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        channels = config.in_channels if vae is None else vae.config.in_channels
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor,
-            # A tensor of so many channels is latents already, 0 is none; where both have as many, it is pixels.
-            vae_latent_channels=0 if channels == config.in_channels else config.in_channels,
-            do_convert_rgb=channels == 3,
-            do_convert_grayscale=channels == 1,
-        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @staticmethod
     def _text_channels(transformer) -> int | None:
@@ -315,12 +307,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"has {config.in_channels}. It makes no use of the variance: load it by "
                 "`from_config(config, variance_type=None)`."
             )
-
-    @staticmethod
-    def check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> None:
-        """Raises a `ValueError` for a list of generators that is not one for each image."""
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def _learned_variance(self) -> str | None:
         """The `variance_type` of a scheduler that expects the variance from the model, else None."""
@@ -600,7 +586,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         for entry, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
             if len(ids) > longest:
                 logger.warning(
-                    f"`{name}` {entry!r} is longer than {longest} tokens. This part was cut off: "
+                    f"`{name}` has {len(ids)} tokens, but the first {longest} count. This part was cut off: "
                     f"{self.tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)!r}."
                 )
             if len(ids) == 0:
@@ -802,7 +788,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-        self.check_generator(generator, batch_size)
+        self._check_generators(generator, batch_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -813,6 +799,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.add_noise(image_latents.to(device=device, dtype=torch.float32), latents, timestep)
         # FlowMatchEulerDiscreteScheduler has no `init_noise_sigma`: its noise has unit variance.
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    @staticmethod
+    def _check_generators(generator, num_images: int) -> None:
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def add_noise(self, sample: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """
@@ -900,60 +891,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         return batch
 
-    def preprocess_image(self, image, height: int, width: int, name: str = "image") -> torch.Tensor:
-        """
-        Images as a tensor of one size, converted to gray or RGB as the model has it.
-
-        Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                Arrays `(height, width, channels)` or `(batch_size, height, width, channels)` and tensors `(channels,
-                height, width)` or `(batch_size, channels, height, width)`, with values in [0, 1]; or latents of the
-                VAE, as a tensor.
-            height (`int`): height in pixels to resize to.
-            width (`int`): width in pixels to resize to.
-            name (`str`, defaults to `"image"`): name of the argument, for messages.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, height, width)`, float32, in [-1, 1]; latents as they are.
-
-        Raises:
-            `ValueError`, `TypeError`: on what is no image, on channels or values that the model does not have, and on
-                latents of another size.
-        """
-        entries = list(image) if isinstance(image, (list, tuple)) else [image]
-        kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
-        if not entries or not any(all(isinstance(entry, kind) for entry in entries) for kind in kinds):
-            raise TypeError(
-                f"`{name}` must be a PIL image, an array, a tensor or a list of one of them, but is {type(image)}."
-            )
-        if not isinstance(entries[0], PIL.Image.Image) and len({entry.shape for entry in entries}) > 1:
-            shapes = sorted({tuple(entry.shape) for entry in entries})
-            raise ValueError(
-                f"`{name}` has arrays of different shapes: {shapes}. Resize them, or give PIL images, which are resized "
-                "one by one."
-            )
-        image = self.image_processor.preprocess(entries, height, width).float()
-        is_latents = self._is_latents(image)
-        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
-        if not is_latents and image.shape[1] != channels:
-            latents = "" if self.vae is None else f", or {self.transformer.config.in_channels} of latents"
-            raise ValueError(f"`{name}` must have {channels} channels{latents}, but has {image.shape[1]}.")
-        factor = self.vae_scale_factor
-        if is_latents and image.shape[2:] != (height // factor, width // factor):
-            raise ValueError(
-                f"`{name}` is latents of height and width {tuple(image.shape[2:])}, but `height` and `width` ask for "
-                f"{(height // factor, width // factor)}."
-            )
-        if not is_latents and not bool((image.abs() <= 1 + 1e-3).all()):
-            raise ValueError(
-                f"`{name}` must have values in [0, 1], but has others, or nan. Divide 8-bit images by 255."
-            )
-        return image
-
-    def _is_latents(self, image: torch.Tensor) -> bool:
-        """Whether [`preprocess_image`] took a tensor for latents of the VAE."""
-        return image.shape[1] == self.image_processor.config.vae_latent_channels
-
     def encode_image(
         self,
         image: torch.Tensor,
@@ -964,8 +901,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         Encodes images by the VAE.
 
         Args:
-            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                In [-1, 1], as [`preprocess_image`] makes it. Latents are returned as they are.
+            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`): in [-1, 1].
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Draws from the VAE's posterior. A list has one for each image.
             sample_mode (`str`, defaults to `"sample"`): `"sample"` draws, `"argmax"` is the mean of the posterior.
@@ -974,17 +910,18 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             `torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, float32, scaled by
             `vae.config.scaling_factor`. Without a VAE, the image itself.
         """
-        image = image.to(self._execution_device)
-        if self.vae is None or self._is_latents(image):
+        if self.vae is None:
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
-            self.check_generator(generator, len(image))
-            return torch.cat(
-                [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
-            )
+            self._check_generators(generator, len(image))
+            rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
+            return torch.cat(rows)
         output = self.vae.encode(image.to(self.vae.dtype))
-        latents = retrieve_latents(output, generator, sample_mode)
+        if not hasattr(output, "latent_dist"):  # AutoencoderTiny has none
+            latents = output.latents
+        else:
+            latents = output.latent_dist.sample(generator) if sample_mode == "sample" else output.latent_dist.mode()
         return (latents.float() - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -1064,8 +1001,9 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 Called after call `i` of the scheduler as `after_step(i, next_i, latents)`; returns the latents to go
                 on from. `next_i` is the entry of `timesteps` at which the next call is, `len(timesteps)` after the
                 last one. The latents are at entry `i + 1`; where `next_i` is an earlier one, as `steps` may want it,
-                `after_step` has to add the noise that lies between. With a solver of order 2 and more, the latents
-                are a stage inside a step unless `(i + 1) % scheduler.order == 0` or `i` is the last call.
+                `after_step` has to add the noise that lies between, and the scheduler is at `next_i` by then. With a
+                solver of order 2 and more, the latents are a stage inside a step unless `(i + 1) % scheduler.order ==
+                0` or `i` is the last call.
             steps (`list[int]`, *optional*):
                 Entries of `timesteps` in the order in which to call the transformer; `None` is each once. Where an
                 entry is not the one after the last, the scheduler starts afresh there (without what a multistep solver

@@ -41,7 +41,7 @@ from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatch
 from diffusers_dyna.pipelines import DynaDiTPipelineOutput
 
 from ..testing_utils import UNCONDITIONAL, logged_warnings, randn
-from .dyna_dit_common import assert_close, generators, tiny_dit, tiny_vae
+from .dyna_dit_common import DynaDiTPipelineTests, assert_close, generators, tiny_dit, tiny_vae
 
 
 LABELS = {0: "cat, tabby", 1: "dog", 2: "bird, dog house"}
@@ -127,6 +127,16 @@ def record(monkeypatch, transformer, name: str, log: list | None = None) -> list
 
     monkeypatch.setattr(transformer, name, recorded)
     return log
+
+
+class TestStandard(DynaDiTPipelineTests):
+    pipeline_class = DynaDiTPipeline
+
+    def make(self, **overrides):
+        return make_pipeline(**overrides)
+
+    def arguments(self, *entries):
+        return {"class_labels": [entry % 3 for entry in entries], "guidance_scale": 2.0}
 
 
 @pytest.mark.parametrize("router_mode", ["capacity", "threshold"])
