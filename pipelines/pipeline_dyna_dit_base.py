@@ -586,7 +586,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         for entry, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
             if len(ids) > longest:
                 logger.warning(
-                    f"`{name}` {entry!r} is longer than {longest} tokens. This part was cut off: "
+                    f"`{name}` has {len(ids)} tokens, but the first {longest} count. This part was cut off: "
                     f"{self.tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)!r}."
                 )
             if len(ids) == 0:
@@ -1001,8 +1001,9 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 Called after call `i` of the scheduler as `after_step(i, next_i, latents)`; returns the latents to go
                 on from. `next_i` is the entry of `timesteps` at which the next call is, `len(timesteps)` after the
                 last one. The latents are at entry `i + 1`; where `next_i` is an earlier one, as `steps` may want it,
-                `after_step` has to add the noise that lies between. With a solver of order 2 and more, the latents
-                are a stage inside a step unless `(i + 1) % scheduler.order == 0` or `i` is the last call.
+                `after_step` has to add the noise that lies between, and the scheduler is at `next_i` by then. With a
+                solver of order 2 and more, the latents are a stage inside a step unless `(i + 1) % scheduler.order ==
+                0` or `i` is the last call.
             steps (`list[int]`, *optional*):
                 Entries of `timesteps` in the order in which to call the transformer; `None` is each once. Where an
                 entry is not the one after the last, the scheduler starts afresh there (without what a multistep solver
