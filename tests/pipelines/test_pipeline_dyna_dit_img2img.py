@@ -531,6 +531,18 @@ def test_style_of_texts(prompt, negative, style_prompt):
     assert_close(actual, expected)
 
 
+def test_a_reference_has_the_negative_prompt_of_its_image():
+    pipe = make_pipeline(**TEXT)
+    negative, references, noise = ["bright", "a small blue square"], pictures(5, 6), randn(2, 3, 8, 8)
+    settings = {"guidance_scale": 2.5, "style_prompt": PROMPTS[2]}
+    both = draw(pipe, PROMPTS[:2], negative_prompt=negative, style_image=references, latents=noise, **settings)
+    for row in (0, 1):
+        given = {"negative_prompt": negative[row], "style_image": references[row], "latents": noise[row : row + 1]}
+        assert_close(both[row : row + 1], draw(pipe, PROMPTS[row], **given, **settings))
+    other = draw(pipe, PROMPTS[:2], negative_prompt=negative[0], style_image=references, latents=noise, **settings)
+    assert (other[1] - both[1]).abs().max() > 0.01
+
+
 def test_style_of_an_unconditional_model():
     pipe = make_pipeline(**UNCONDITIONAL)
     noise, reference = randn(1, 3, 8, 8), pictures(5)
