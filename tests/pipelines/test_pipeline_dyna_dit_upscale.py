@@ -32,6 +32,7 @@ from .dyna_dit_common import (
     tiny_vae,
     train_tiny,
 )
+from .test_pipeline_dyna_dit import CACHES
 
 
 def make_pipeline(scheduler=None, vae=None, upscale_factor=2, max_noise_level=350.0, **overrides):
@@ -270,6 +271,26 @@ def test_loop_over_tiles(scale, tile_batch_size):
         assert_close(output.images[row : row + 1], sample)
     handle.remove()
     assert output.compute_ratio == pytest.approx(torch.cat(ratios).mean().item()) and output.compute_ratio < 0.95
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_feature_caches_hold_each_tile_for_itself(name):
+    """Tiles one by one and all at a time are the same prediction; the cache that cannot tell them apart is refused."""
+    pipe, image = make_pipeline(), pictures(0, height=6, width=8)
+    pipe.transformer.enable_cache(CACHES[name](pipe))
+    arguments = {"class_labels": 0, "num_inference_steps": 6, "tile_overlap": 4}
+    at_a_time = enlarged(pipe, image, tile_batch_size=6, generator=generators(0), **arguments)
+    if name == "PyramidAttentionBroadcast":
+        with pytest.raises(
+            ValueError, match="`tile_batch_size`=4 predicts the 6 tiles .* Use `tile_batch_size=6`, or"
+        ):
+            enlarged(pipe, image, tile_batch_size=4, generator=generators(0), **arguments)
+    else:
+        one_by_one = enlarged(pipe, image, tile_batch_size=1, generator=generators(0), **arguments)
+        assert_close(one_by_one, at_a_time, atol=1e-3)
+    pipe.transformer.disable_cache()
+    exact = enlarged(pipe, image, tile_batch_size=4, generator=generators(0), **arguments)
+    assert (at_a_time - exact).abs().max() > 0.1
 
 
 def test_tile_of_the_whole_image():
