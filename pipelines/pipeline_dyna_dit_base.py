@@ -487,10 +487,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 "`prompt` or `prompt_embeds` must be given: the transformer has no null caption "
                 "(`caption_dropout_prob` is 0)."
             )
-        if has_negative and not (has_prompt and guidance_scale > 1):
-            raise ValueError(
-                "`negative_prompt` takes part in guidance only: give a `prompt` and a `guidance_scale` above 1, or "
-                "leave it out."
+        if has_negative and not has_prompt:
+            raise ValueError("`negative_prompt` was given without a `prompt`: there is nothing to guide.")
+        if has_negative and guidance_scale <= 1:
+            logger.warning(
+                f"`negative_prompt` has no effect without guidance: `guidance_scale`={guidance_scale} must be above 1."
             )
         can_guide = (has_prompt or class_labels is not None) and (has_null or has_negative)
         if guidance_scale > 1 and not (can_guide and (num_classes is None or null_class_label is not None)):

@@ -129,6 +129,16 @@ def test_negative_prompt(negative, interval):
     assert (actual - draw(pipe, PROMPTS, generator=generators(0, 1, 2), **arguments)).abs().max() > 0.01
 
 
+def test_negative_prompt_without_guidance_has_no_effect():
+    """As in diffusers' pipelines, but said."""
+    pipe = make_pipeline()
+    expected = draw(pipe, "red", generator=generators(0))
+    with logged_warnings() as warnings:
+        actual = draw(pipe, "red", negative_prompt="blue", generator=generators(0))
+    assert_close(actual, expected)
+    assert warnings == ["`negative_prompt` has no effect without guidance: `guidance_scale`=1.0 must be above 1."]
+
+
 @pytest.mark.parametrize("settings", [{"rescale": 0.7}, {"rescale": 1.0, "guided_channels": 2}], ids=str)
 def test_guidance_rescale(settings):
     pipe = make_pipeline()
@@ -469,9 +479,9 @@ EMBEDS = torch.zeros(2, 4, 16)
             "`prompt_attention_mask` masks all tokens of a text. Leave one to attend to",
         ),
         (
-            {"prompt": "red", "negative_prompt": "blue"},
+            {"negative_prompt": "blue"},
             ValueError,
-            "`negative_prompt` takes part in guidance only: give a `prompt` and a `guidance_scale` above 1",
+            "`negative_prompt` was given without a `prompt`: there is nothing to guide",
         ),
         (
             {"prompt": ["red", "blue"], "negative_prompt": ["a", "a", "a"], "guidance_scale": 2.0},
