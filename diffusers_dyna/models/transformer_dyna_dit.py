@@ -579,6 +579,11 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
         Returns:
             `torch.Tensor` with the shape of `query`.
         """
+        if len(query) > len(self.references):
+            raise ValueError(
+                f"`references` of `share_attention` has {len(self.references)} entries, but the batch has {len(query)} "
+                "samples. Give one for each."
+            )
         references = self.references[: len(query)].to(query.device)
         is_styled = references != torch.arange(len(references), device=query.device)
         plain, styled = (mask.nonzero().squeeze(1) for mask in (~is_styled, is_styled))
@@ -1488,6 +1493,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         # The blocks themselves, also while a feature cache has put something else into the list.
         self._blocks = tuple(self.transformer_blocks)
         self._width_mult = 1.0
+        self._is_sharing = False
         self._plan = None
         self._initialize_weights()
 
@@ -1691,6 +1697,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(f"`strength`={strength} must be in [0, 1]; 0 changes nothing.")
         layers = [block.attn for block in self._blocks] if strength > 0 else []
         processors = [layer.processor for layer in layers]
+        was_sharing, self._is_sharing = self._is_sharing, strength > 0 or self._is_sharing
         try:
             for layer, processor in zip(layers, processors, strict=True):
                 shared = DynaSharedAttnProcessor(references, strength)
@@ -1699,6 +1706,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 layer.set_processor(shared)
             yield
         finally:
+            self._is_sharing = was_sharing
             for layer, processor in zip(layers, processors, strict=True):
                 layer.set_processor(processor)
 
@@ -2229,6 +2237,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
         else:
             call.decisions = self._decide(temb) if step is None else plan.decisions[step]
+            # Samples with heads of their own are computed apart, away from their references.
+            if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
+                return call
         if step is not None:
             call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
         call.form = "skipping"

@@ -618,6 +618,17 @@ def test_shared_attention_in_every_form(router_mode):
         torch.testing.assert_close(run(model, arguments).sample, plain, **CLOSE)
 
 
+@pytest.mark.parametrize("references", [[0, 0, 0], [2, 1, 1], [0, 1, 0]])
+def test_shared_attention_of_mixed_timesteps(references):
+    """Samples whose timesteps leave them other heads."""
+    arguments = dit_inputs()
+    model = mixed_dyna_dit(arguments)
+    with model.share_attention(references, 0.7):
+        masked = run_masked(model, arguments).sample
+        torch.testing.assert_close(run(model, arguments).sample, masked, **CLOSE)
+    assert_differ(masked, run(model, arguments).sample)
+
+
 def test_shared_attention_ends_with_an_error():
     model = tiny_dyna_dit()
     processors = model.attn_processors
@@ -697,6 +708,12 @@ def test_wrong_conditions_of_other_models():
         run(upscale, arguments, noise_level=1001.0)
     with pytest.raises(ValueError, match=r"`noise_level` must be a number or have shape \(3,\)"):
         run(upscale, arguments, noise_level=torch.zeros(2))
+
+
+def test_shared_attention_of_a_larger_batch():
+    with pytest.raises(ValueError, match="has 2 entries, but the batch has 3 samples. Give one for each"):
+        with (model := tiny_dyna_dit()).share_attention([0, 0]):
+            run(model, dit_inputs(same_time=True))
 
 
 @pytest.mark.parametrize(
