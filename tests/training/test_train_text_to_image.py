@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaDiTTransformer2DModel
 from diffusers_dyna.training.captions import EncodedCaptions
+from diffusers_dyna.training.randomness import keyed_uniform
 
 from ..testing_utils import randn, tiny_text_encoder, tiny_tokenizer
 from . import script_utils
@@ -148,6 +149,27 @@ class TestTraining:
         assert "null_caption.weight" not in self.load(tmp_path / "0.0").state_dict()
         assert not torch.allclose(first.null_caption.weight, last.null_caption.weight, atol=1e-4)
 
+    def test_which_captions_are_dropped_follows_from_seed_and_sample(self, run_here, options, tmp_path, monkeypatch):
+        """So that neither accumulation nor the number of processes changes it."""
+        masks, forward = [], DynaDiTTransformer2DModel.forward
+
+        def spy(model, *args, caption_dropout_mask=None, **kwargs):
+            if model.training:
+                masks.append(caption_dropout_mask)
+            return forward(model, *args, caption_dropout_mask=caption_dropout_mask, **kwargs)
+
+        monkeypatch.setattr(DynaDiTTransformer2DModel, "forward", spy)
+        settings = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "num_validation_images": 0, "seed": 3}
+        run_here(
+            tmp_path / "run",
+            caption_dropout_prob=0.3,
+            static=True,
+            max_train_steps=2,
+            **{**options, **settings},
+        )
+        assert torch.equal(torch.cat(masks), keyed_uniform(3, "caption_dropout", range(32)) < 0.3)
+        assert 0 < torch.cat(masks).sum() < 32
+
     def load(self, folder):
         return DynaDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
 
@@ -235,6 +257,11 @@ class TestWarmStart:
         run_here(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "model", **settings)
         model = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer")
         assert (model.config.caption_channels, model.config.cross_attention_dim) == (None, 16)
+        settings |= {"pretrained_model_name_or_path": tmp_path / "model", "cross_attention_dim": 64}
+        with pytest.raises(
+            ValueError, match="`--cross_attention_dim` 64 does not fit .* of width 16, as they are. Leave"
+        ):
+            run_here(tmp_path / "other", **settings)
 
     def test_another_encoder_does_not_fit(self, run_here, static_run, options, tmp_path):
         config = json.loads((options["text_encoder"] / "config.json").read_text())
