@@ -170,6 +170,28 @@ class TestTraining:
         assert torch.equal(torch.cat(masks), keyed_uniform(3, "caption_dropout", range(32)) < 0.3)
         assert 0 < torch.cat(masks).sum() < 32
 
+    def test_the_encoder_is_needed_only_before_the_steps(self, script, run_here, options, tmp_path, monkeypatch):
+        """However often samples are drawn: the prompts are encoded once, and the encoder goes back to the CPU."""
+        calls, places, given = [], [], []
+        encode, move, draw = BertModel.forward, BertModel.to, DynaDiTTextToImagePipeline.__call__
+        monkeypatch.setattr(BertModel, "forward", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+        monkeypatch.setattr(BertModel, "to", lambda model, place: places.append(str(place)) or move(model, place))
+        monkeypatch.setattr(
+            DynaDiTTextToImagePipeline, "__call__", lambda pipe, **kwargs: given.append(kwargs) or draw(pipe, **kwargs)
+        )
+        prompts = ["a red square", "blue", "one green square"]
+        settings = {**options, "static": True, "max_train_steps": 2, "validation_steps": 1, "text_batch_size": 64}
+        run_here(tmp_path / "run", validation_prompts=prompts, num_validation_images=4, **settings)
+        assert len(calls) == 2  # the captions of the data, the prompts
+        assert places == ["cpu", "cpu"] and len(given) == 3  # to the device and back; two validations and the end
+        monkeypatch.undo()
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "run")
+        with torch.no_grad():
+            embeds, mask, _, _ = pipe.encode_prompt([*prompts, prompts[0]], do_classifier_free_guidance=False)
+        for inputs in given:
+            torch.testing.assert_close(inputs["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
+            assert torch.equal(inputs["prompt_attention_mask"], mask)
+
     def load(self, folder):
         return DynaDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
 
