@@ -192,7 +192,15 @@ def main(args: argparse.Namespace) -> None:
         accelerator,
         batch_size=args.text_batch_size,
     )
-    validation_inputs = {"prompt": make_validation_prompts(args, source)}
+    # The steps read the cache and validation its own prompts, encoded once: the encoder leaves the device.
+    validation_inputs = None
+    if args.num_validation_images:
+        pipeline = DynaDiTTextToImagePipeline(transformer, scheduler, text_encoder, tokenizer, vae)
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            make_validation_prompts(args, source), do_classifier_free_guidance=False, device=accelerator.device
+        )
+        validation_inputs = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    text_encoder.to("cpu")
     if vae is not None:
         source, transform = cache_latents(run, source, transform, vae), latents.LatentTransform(vae)
 

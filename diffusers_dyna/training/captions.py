@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from diffusers.utils import logging
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
     CLIPTextModel,
@@ -29,6 +31,9 @@ from .shards import INDEX_NAME, ShardReader, build_shards, hash_identity, hash_w
 
 
 logger = logging.get_logger(__name__)
+
+# What a config says of files and versions, not of what the model computes; the dtype is that of the weights.
+OF_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 def find_text_encoder(path: str, subfolder: str | None = None) -> tuple[str | None, str | None]:
@@ -88,7 +93,7 @@ def load_text_encoder(path: str, subfolder: str | None = None) -> tuple:
     """
     Args:
         path (`str`): a transformers model of text, a folder or a name on the Hub: CLIP's text model, also in a whole
-            CLIP; T5, of which only the encoder is read; models like BERT.
+            CLIP; T5, of which only the encoder is read; models of text alone, such as BERT and MPNet.
         subfolder (`str`, *optional*): of the model in there; see [`find_text_encoder`].
 
     Returns:
@@ -104,6 +109,13 @@ def load_text_encoder(path: str, subfolder: str | None = None) -> tuple:
         model_class = CLIPTextModel
     elif type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         model_class = AutoModelForTextEncoding
+    elif (
+        type(config) in MODEL_MAPPING
+        and not config.is_encoder_decoder
+        and not config.sub_configs  # of text and something else, which have no one last state
+        and getattr(MODEL_MAPPING[type(config)], "main_input_name", None) == "input_ids"
+    ):
+        model_class = AutoModel
     else:
         raise ValueError(
             f"`--text_encoder` {path} is a {config.model_type!r}, which transformers has no text encoder for. Give a "
@@ -272,6 +284,9 @@ def build_caption_cache(
         "dtype": str(dtype),
         "shard_size": shard_size,
         "text_encoder.class": type(text_encoder).__name__,
+        "text_encoder.config": hash_identity(
+            {name: value for name, value in text_encoder.config.to_diff_dict().items() if name not in OF_FILES}
+        ),
         "text_encoder.dtype": str(text_encoder.dtype),
         "text_encoder.weights": hash_weights(text_encoder),
     }

@@ -291,24 +291,35 @@ class CaptionFolderSource(ImageFolderSource):
 
 def _read_metadata(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields what to call a row in a message, and the row."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        if path.suffix == ".csv":
+    content = path.read_bytes()
+    try:
+        file = io.StringIO(content.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number} is not UTF-8: {error}. Save the file as UTF-8.") from error
+    if path.suffix == ".csv":
+        number = 0
+        try:
             for row in (reader := csv.DictReader(file, strict=True)):
+                number = reader.line_num
                 # Where a row has more cells than there are columns, the rest has no name.
-                yield f"{path}, line {reader.line_num}", {name: value for name, value in row.items() if name}
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}, line {number} must be an object such as {{...}}, but is {line.strip()[:50]}."
-                )
-            yield f"{path}, line {number}", row
+                yield f"{path}, line {number}", {name: value for name, value in row.items() if name}
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, the row after line {number} is not CSV: {error}. Close its quotes, and write a quote within "
+                "quotes twice."
+            ) from error
+        return
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be an object such as {{...}}, but is {line.strip()[:50]}.")
+        yield f"{path}, line {number}", row
 
 
 def _check_captions(value, where: str, column: str) -> list[str]:

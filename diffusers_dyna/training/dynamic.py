@@ -39,7 +39,8 @@ def make_transformer(
         [`DynaDiTTransformer2DModel`].
 
     Raises:
-        `ValueError`: if weights are given that do not fit, see [`adapt_transformer`].
+        `ValueError`: if weights are given that do not fit, see [`adapt_transformer`], or that have no caption projection
+            where `args` asks for another `cross_attention_dim` than the width of the captions.
     """
     if checkpoint is not None and (checkpoint / "transformer").is_dir():
         return DynaDiTTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
@@ -55,7 +56,14 @@ def make_transformer(
     if args.router_mode is not None:
         expected = {**expected, "router_mode": args.router_mode}
     if with_text and transformer.config.cross_attention_dim and not transformer.config.caption_channels:
-        expected = {**expected, "caption_channels": None, "cross_attention_dim": expected["caption_channels"]}
+        width = expected["caption_channels"]
+        if args.cross_attention_dim not in (None, width):
+            raise ValueError(
+                f"`--cross_attention_dim` {args.cross_attention_dim} does not fit `--pretrained_model_name_or_path` "
+                f"{path}: it has no caption projection, so that its cross-attention reads the states of the text "
+                f"encoder, of width {width}, as they are. Leave it out."
+            )
+        expected = {**expected, "caption_channels": None, "cross_attention_dim": width}
     elif with_text:
         dim = args.cross_attention_dim or transformer.config.cross_attention_dim or _width(transformer.config)
         expected = {**expected, "cross_attention_dim": dim}

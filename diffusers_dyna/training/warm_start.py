@@ -11,8 +11,12 @@ import torch
 from ..models import DynaDiTTransformer2DModel
 
 
-# What another task may add to a model that has it not.
-ADDABLE = ("condition_channels", "noise_level_conditioning", "cross_attention_dim")
+# What another task may add to a model that has it not, and the modules that come with it.
+ADDABLE = {
+    "condition_channels": set(),
+    "noise_level_conditioning": {"noise_level_embedding"},
+    "cross_attention_dim": {"caption_projection", "null_caption", "norm_cross", "cross_attn", "cross_attn_rate"},
+}
 
 
 def load_transformer(path: str | Path) -> DynaDiTTransformer2DModel:
@@ -50,7 +54,8 @@ def adapt_transformer(
         [`DynaDiTTransformer2DModel`]; `transformer` itself where it has all of `config`.
 
     Raises:
-        `ValueError`: if it differs from `config` in something that cannot be added.
+        `ValueError`: if it differs from `config` in something that cannot be added, or its weights are not those of a
+            model of its config, as with an adapter.
     """
     changes = {key: value for key, value in config.items() if transformer.config[key] != value}
     free = {"router_mode", *(key for key in ADDABLE if not transformer.config[key])}
@@ -86,5 +91,13 @@ def adapt_transformer(
         weights["pos_embed.proj.weight"] = projection
     if "router_mode" in changes:
         weights = {key: weight for key, weight in weights.items() if key not in transformer.router_parameters()}
-    adapted.load_state_dict(weights, strict=False)
+    missing, unexpected = adapted.load_state_dict(weights, strict=False)
+    new_modules = set().union(*(ADDABLE.get(key, ()) for key in changes))
+    new_routers = adapted.router_parameters() if "router_mode" in changes else {}
+    lost = [key for key in missing if key not in new_routers and not new_modules & set(key.split("."))]
+    if lost or unexpected:
+        raise ValueError(
+            f"{name} has other weights than its config says: {lost} are not in it, {unexpected} are beyond it. Merge "
+            "adapters into the weights first."
+        )
     return adapted

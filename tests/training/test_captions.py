@@ -13,7 +13,20 @@ import torch
 from safetensors import safe_open
 
 from accelerate import Accelerator
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextModel, T5Config, T5EncoderModel, T5Model
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    MPNetConfig,
+    MPNetModel,
+    T5Config,
+    T5EncoderModel,
+    T5Model,
+)
 
 from diffusers_dyna.training import shards
 from diffusers_dyna.training.captions import (
@@ -115,13 +128,36 @@ class TestFolder:
             file.write('{"file_name": "0.png", ')
         with pytest.raises(ValueError, match="metadata.jsonl, line 9 is not JSON"):
             CaptionFolderSource(tmp_path)
-        make_folder(tmp_path, self.ROWS, "csv")
+        for rest, message in (
+            ('2.png,"a red\nsquare\n', "metadata.csv, the row after line 2 is not CSV: unexpected end of data. Close"),
+            ('2.png,"a "red" square"\n', "metadata.csv, the row after line 2 is not CSV: ',' expected after '\"'"),
+        ):
+            (tmp_path / "metadata.jsonl").unlink(missing_ok=True)
+            (tmp_path / "metadata.csv").write_text(f"file_name,text\n0.png,red\n{rest}")
+            with pytest.raises(ValueError) as error:
+                CaptionFolderSource(tmp_path)
+            assert message in str(error.value)
+        make_folder(tmp_path, self.ROWS)
         with pytest.raises(ValueError, match="one of them, but has metadata.jsonl and metadata.csv"):
             CaptionFolderSource(tmp_path)
         for suffix in ("csv", "jsonl"):
             (tmp_path / f"metadata.{suffix}").unlink()
         with pytest.raises(ValueError, match="must have metadata.jsonl or metadata.csv .*, but has neither"):
             CaptionFolderSource(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("suffix", "rows"),
+        [("csv", "file_name,text\n0.png,café\n"), ("jsonl", '\n{"file_name": "0.png", "text": "café"}')],
+    )
+    def test_another_encoding_is_named(self, tmp_path, suffix, rows):
+        make_folder(tmp_path, self.ROWS)
+        (tmp_path / "metadata.jsonl").unlink()
+        (tmp_path / f"metadata.{suffix}").write_bytes(rows.encode("latin-1"))
+        with pytest.raises(
+            ValueError, match=f"metadata.{suffix}, line 2 is not UTF-8: .* Save the file as UTF-8."
+        ) as error:
+            CaptionFolderSource(tmp_path)
+        assert type(error.value) is ValueError
 
 
 def test_an_image_that_takes_another_s_place_brings_its_captions(tmp_path):
@@ -253,6 +289,12 @@ class TestCache:
             build(tmp_path, other, tokenizer, [*CAPTIONS, ["red"]], max_sequence_length=20)
         names = [line.strip().split(":")[0] for line in str(error.value).split("\n")[1:-1]]
         assert names == ["captions", "max_sequence_length", "num_captions", "text_encoder.weights", "tokens"]
+        other = tiny_text_encoder(len(WORDS) + 4)
+        other.config.hidden_act = "relu"  # which has no weights
+        with pytest.raises(
+            ValueError, match="was made of other captions, settings or weights:\n  text_encoder.config: '"
+        ):
+            build(tmp_path, other, tokenizer)
         shard = tmp_path / "shard-00001.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
         with pytest.raises(ValueError, match="shard-00001.safetensors is damaged.*Delete this file and start again"):
@@ -263,6 +305,16 @@ class TestCache:
         moved = EncodedCaptions(tmp_path, [CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]])
         assert EncodedCaptions(tmp_path, CAPTIONS).fingerprint() == texts.fingerprint()
         assert moved.fingerprint() != texts.fingerprint()
+
+    def test_what_computes_the_same_has_the_same_identity(self, tmp_path, text_encoder, tokenizer):
+        """Saved and loaded, elsewhere and by a newer version."""
+        texts = build(tmp_path / "cache", text_encoder, tokenizer)
+        text_encoder.save_pretrained(tmp_path / "encoder")
+        config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+        config |= {"transformers_version": "99.0", "architectures": ["BertForMaskedLM"]}
+        (tmp_path / "encoder" / "config.json").write_text(json.dumps(config))
+        again = build(tmp_path / "cache", BertModel.from_pretrained(tmp_path / "encoder").eval(), tokenizer)
+        assert again.fingerprint() == texts.fingerprint()
 
     def test_a_spawned_worker_can_have_it(self, tmp_path, text_encoder, tokenizer):
         texts = build(tmp_path, text_encoder, tokenizer)
@@ -295,6 +347,9 @@ class TestEncoder:
         )
         models = {"bert": BertModel(BertConfig(vocab_size=12, **sizes)), "t5": T5Model(t5), "clip": CLIPModel(clip)}
         models["clip_text"] = CLIPTextModel(clip.text_config)
+        models["mpnet"] = MPNetModel(MPNetConfig(vocab_size=12, **sizes))
+        bart = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        models["bart"] = BartModel(BartConfig(vocab_size=12, d_model=16, **bart))
         for name, model in models.items():
             model.save_pretrained(tmp_path / name)
             tokenizer.save_pretrained(tmp_path / name)
@@ -302,7 +357,13 @@ class TestEncoder:
 
     @pytest.mark.parametrize(
         ("name", "expected"),
-        [("bert", BertModel), ("t5", T5EncoderModel), ("clip", CLIPTextModel), ("clip_text", CLIPTextModel)],
+        [
+            ("bert", BertModel),
+            ("t5", T5EncoderModel),
+            ("clip", CLIPTextModel),
+            ("clip_text", CLIPTextModel),
+            ("mpnet", MPNetModel),
+        ],
     )
     def test_kinds(self, saved, tmp_path, name, expected):
         text_encoder, tokenizer = load_text_encoder(str(saved / name))
@@ -342,11 +403,14 @@ class TestEncoder:
 
     def test_a_model_that_encodes_no_text(self, saved):
         config = json.loads((saved / "bert" / "config.json").read_text())
-        (saved / "bert" / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
-        with pytest.raises(
-            ValueError, match="is a 'vit', which transformers has no text encoder for. Give a CLIP text"
-        ):
-            load_text_encoder(str(saved / "bert"))
+        for kind in ("vit", "wav2vec2", "flava"):
+            (saved / "bert" / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+            with pytest.raises(
+                ValueError, match=f"is a '{kind}', which transformers has no text encoder for. Give a CLIP text"
+            ):
+                load_text_encoder(str(saved / "bert"))
+        with pytest.raises(ValueError, match="is a 'bart', which transformers has no text encoder for"):
+            load_text_encoder(str(saved / "bart"))
 
     def test_sequence_lengths(self, text_encoder, tokenizer):
         assert text_encoder.config.max_position_embeddings == 32

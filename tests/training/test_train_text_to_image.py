@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaDiTTransformer2DModel
 from diffusers_dyna.training.captions import EncodedCaptions
+from diffusers_dyna.training.randomness import keyed_uniform
 
 from ..testing_utils import randn, tiny_text_encoder, tiny_tokenizer
 from . import script_utils
@@ -148,6 +149,49 @@ class TestTraining:
         assert "null_caption.weight" not in self.load(tmp_path / "0.0").state_dict()
         assert not torch.allclose(first.null_caption.weight, last.null_caption.weight, atol=1e-4)
 
+    def test_which_captions_are_dropped_follows_from_seed_and_sample(self, run_here, options, tmp_path, monkeypatch):
+        """So that neither accumulation nor the number of processes changes it."""
+        masks, forward = [], DynaDiTTransformer2DModel.forward
+
+        def spy(model, *args, caption_dropout_mask=None, **kwargs):
+            if model.training:
+                masks.append(caption_dropout_mask)
+            return forward(model, *args, caption_dropout_mask=caption_dropout_mask, **kwargs)
+
+        monkeypatch.setattr(DynaDiTTransformer2DModel, "forward", spy)
+        settings = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "num_validation_images": 0, "seed": 3}
+        run_here(
+            tmp_path / "run",
+            caption_dropout_prob=0.3,
+            static=True,
+            max_train_steps=2,
+            **{**options, **settings},
+        )
+        assert torch.equal(torch.cat(masks), keyed_uniform(3, "caption_dropout", range(32)) < 0.3)
+        assert 0 < torch.cat(masks).sum() < 32
+
+    def test_the_encoder_is_needed_only_before_the_steps(self, script, run_here, options, tmp_path, monkeypatch):
+        """However often samples are drawn: the prompts are encoded once, and the encoder goes back to the CPU."""
+        calls, places, given = [], [], []
+        encode, move, draw = BertModel.forward, BertModel.to, DynaDiTTextToImagePipeline.__call__
+        monkeypatch.setattr(BertModel, "forward", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+        monkeypatch.setattr(BertModel, "to", lambda model, place: places.append(str(place)) or move(model, place))
+        monkeypatch.setattr(
+            DynaDiTTextToImagePipeline, "__call__", lambda pipe, **kwargs: given.append(kwargs) or draw(pipe, **kwargs)
+        )
+        prompts = ["a red square", "blue", "one green square"]
+        settings = {**options, "static": True, "max_train_steps": 2, "validation_steps": 1, "text_batch_size": 64}
+        run_here(tmp_path / "run", validation_prompts=prompts, num_validation_images=4, **settings)
+        assert len(calls) == 2  # the captions of the data, the prompts
+        assert places == ["cpu", "cpu"] and len(given) == 3  # to the device and back; two validations and the end
+        monkeypatch.undo()
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "run")
+        with torch.no_grad():
+            embeds, mask, _, _ = pipe.encode_prompt([*prompts, prompts[0]], do_classifier_free_guidance=False)
+        for inputs in given:
+            torch.testing.assert_close(inputs["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
+            assert torch.equal(inputs["prompt_attention_mask"], mask)
+
     def load(self, folder):
         return DynaDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
 
@@ -235,6 +279,11 @@ class TestWarmStart:
         run_here(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "model", **settings)
         model = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer")
         assert (model.config.caption_channels, model.config.cross_attention_dim) == (None, 16)
+        settings |= {"pretrained_model_name_or_path": tmp_path / "model", "cross_attention_dim": 64}
+        with pytest.raises(
+            ValueError, match="`--cross_attention_dim` 64 does not fit .* of width 16, as they are. Leave"
+        ):
+            run_here(tmp_path / "other", **settings)
 
     def test_another_encoder_does_not_fit(self, run_here, static_run, options, tmp_path):
         config = json.loads((options["text_encoder"] / "config.json").read_text())

@@ -112,6 +112,19 @@ def test_what_fits_is_taken_as_it_is(tmp_path):
         assert torch.equal(loaded.proj_out.weight, model.proj_out.weight)
 
 
+@pytest.mark.parametrize("asked", [{"condition_channels": 4}, {"noise_level_conditioning": True}, TEXT])
+def test_weights_under_other_names_are_not_dropped(asked):
+    model = tiny_dyna_dit()
+    block = model.transformer_blocks[1]
+    block.wrapped = block.attn.to_out  # as an adapter renames them
+    del block.attn.to_out
+    with pytest.raises(ValueError, match="`transformer` has other weights than its config says") as error:
+        adapt_transformer(model, asked)
+    names = [f"'transformer_blocks.1.{{}}.0.{name}'" for name in ("weight", "bias")]
+    for part, where in (("attn.to_out", "are not in it"), ("wrapped", "are beyond it")):
+        assert f"[{', '.join(name.format(part) for name in names)}] {where}" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("config", "asked", "message"),
     [
