@@ -304,6 +304,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"{self._callback_tensor_inputs} can be passed on."
             )
 
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "The scheduler has `use_dynamic_shifting`, whose `mu` no size of this model tells. Load it by "
+                "`from_config(config, use_dynamic_shifting=False, shift=...)`."
+            )
         learned_variance = self._learned_variance()
         if learned_variance and self.transformer.out_channels != 2 * config.in_channels:
             raise ValueError(
@@ -1039,7 +1044,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         model_timesteps = timesteps.to(torch.float32)
         lowest, highest = guidance_interval or (0.0, 1.0)
         noise_levels = [time / self.scheduler.config.num_train_timesteps for time in model_timesteps.tolist()]
-        guided = [self.do_classifier_free_guidance and lowest <= level <= highest for level in noise_levels]
+        has_null_half = self.do_classifier_free_guidance
+        in_interval = [has_null_half and lowest <= level <= highest for level in noise_levels]
         conditions_of = {True: conditions, False: conditions.rows(len(latents))}  # for guided steps, and for others
 
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
@@ -1052,7 +1058,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 self.transformer.set_width(width_mult)
             if not complete_model:
                 self.transformer.prepare_timesteps(
-                    model_timesteps, **conditions_of[any(guided)].model_kwargs(), max_plan_bytes=max_plan_bytes
+                    model_timesteps, **conditions_of[any(in_interval)].model_kwargs(), max_plan_bytes=max_plan_bytes
                 )
 
             with self.progress_bar(total=num_steps) as progress_bar:
@@ -1061,6 +1067,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         continue
                     t = timesteps[i]
                     self._current_timestep = t
+                    # A callback may have changed the scale, or switched guidance off.
+                    is_guided = in_interval[i] and self.do_classifier_free_guidance
 
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
@@ -1068,19 +1076,19 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                     if condition_channels is not None:
                         model_input = torch.cat([model_input, condition_channels(i).to(model_input)], dim=1)
                     model_input = model_input.to(self.transformer.dtype)
-                    if guided[i]:
+                    if is_guided:
                         model_input = torch.cat([model_input, model_input])
                     if not complete_model:
                         self.transformer.set_plan_step(i)
                     # What a feature cache holds is of no use to another run, nor to a batch with another half.
-                    if guided[i] != was_guided:
+                    if is_guided != was_guided:
                         self.transformer._reset_stateful_cache()
-                    was_guided = guided[i]
+                    was_guided = is_guided
                     model_output, compute_ratio = self._predict(
                         model_input,
                         model_timesteps[i],
-                        conditions_of[guided[i]],
-                        "cond_uncond" if guided[i] else "cond",
+                        conditions_of[is_guided],
+                        "cond_uncond" if is_guided else "cond",
                         complete_model=complete_model,
                         output_masks=output_compute_ratio,
                         attention_kwargs=self.attention_kwargs,
@@ -1089,7 +1097,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         self._compute_ratios.append(compute_ratio)
 
                     model_output = model_output.float()
-                    if guided[i]:
+                    if is_guided:
                         model_output = self._guide(*model_output.chunk(2), guidance_channels or num_channels)
                     if not learned_variance:
                         model_output = model_output[:, :num_channels]
@@ -1108,7 +1116,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         latents = changed["latents"]
                         new_texts = (changed["prompt_embeds"], changed["negative_prompt_embeds"])
                         if any(new is not old for new, old in zip(new_texts, texts, strict=True)):
-                            conditions = _with_texts(conditions, *new_texts)
+                            conditions = _with_texts(conditions, len(latents), *new_texts)
                             conditions_of = {True: conditions, False: conditions.rows(len(latents))}
 
                     if call == len(steps) - 1 or (
@@ -1186,10 +1194,20 @@ def _halves_of_text(conditions: DynaDiTConditions, num_rows: int) -> tuple[torch
 
 
 def _with_texts(
-    conditions: DynaDiTConditions, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None
+    conditions: DynaDiTConditions,
+    num_rows: int,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
 ) -> DynaDiTConditions:
     """Other text states of the same shape, in new memory; without a negative text the null half stays."""
-    text, num_rows = conditions.encoder_hidden_states, len(prompt_embeds)
+    text = conditions.encoder_hidden_states
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        expected = (num_rows, *text.shape[1:])
+        if embeds is not None and embeds.shape != expected:
+            raise ValueError(
+                f"`{name}` from `callback_on_step_end` must have shape {expected}, as given, but has shape "
+                f"{tuple(embeds.shape)}."
+            )
     if negative_prompt_embeds is None:
         return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
     is_dropped = conditions.caption_dropout_mask

@@ -22,7 +22,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     SanaPipeline,
 )
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from transformers import T5Config, T5Model
 
 import diffusers_dyna
@@ -476,6 +476,17 @@ def test_callback_replaces_the_null_caption():
     null = draw(pipe, "red", generator=generators(0), **arguments)
     negative = draw(pipe, "red", "dark", generator=generators(0), **arguments)
     assert (actual - null).abs().max() > 0.01 and (actual - negative).abs().max() > 0.01
+
+
+def test_the_callback_of_diffusers_that_ends_guidance():
+    pipe = make_pipeline()
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.5}
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    actual = draw(pipe, "red", generator=generators(0), callback_on_step_end=callback, **arguments)
+    expected = draw(pipe, "red", generator=generators(0), guidance_interval=(0.45, 1.0), **arguments)
+    assert_close(actual, expected)
+    with pytest.raises(ValueError, match=r"`prompt_embeds` from `callback_on_step_end` must have shape \(2, "):
+        draw(pipe, ["red", "blue"], callback_on_step_end=callback, **arguments)  # it leaves one of two texts
 
 
 def test_callback_classes_name_their_tensors():
