@@ -50,6 +50,7 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
 
     Raises:
         `ValueError`: if the latents of `vae` have another number of channels than the transformer.
+        `TypeError`: on a `vae` whose scale factor is not known.
     """
 
     model_cpu_offload_seq = "transformer->vae"

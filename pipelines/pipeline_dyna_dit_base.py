@@ -127,12 +127,22 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"`transformer` has `condition_channels`={config.condition_channels}, but for the task {trained_for} with "
                 f"`in_channels`={config.in_channels} there must be {condition_channels}. Use a transformer trained for it."
             )
+        if vae is not None and "block_out_channels" not in vae.config:  # which tell by how much it shrinks an image
+            raise TypeError(
+                f"`vae` is {type(vae).__name__}, whose config has no `block_out_channels`. Use a VAE such as AutoencoderKL "
+                "or AutoencoderTiny."
+            )
         if vae is not None and vae.config.latent_channels != config.in_channels:
             raise ValueError(
                 f"`vae` has latents of {vae.config.latent_channels} channels, but `transformer` takes "
                 f"{config.in_channels}. Use the VAE that the transformer was trained with."
             )
         text_encoder = components.get("text_encoder")
+        if getattr(getattr(text_encoder, "config", None), "is_encoder_decoder", False):
+            raise TypeError(
+                f"`text_encoder` is {type(text_encoder).__name__}, which has a decoder too. Use a class of the encoder "
+                "alone, for T5 T5EncoderModel."
+            )
         if text_encoder is not None and self._text_channels(transformer) is not None:
             width = _hidden_size(text_encoder)
             if width != self._text_channels(transformer):

@@ -68,6 +68,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
     Raises:
         `ValueError`: if the transformer was made for another task, if the hidden states of `text_encoder` have another
             width than the text that it reads, or the latents of `vae` another number of channels.
+        `TypeError`: on a `text_encoder` that has a decoder too, and on a `vae` whose scale factor is not known.
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]
@@ -627,6 +628,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         batch_size = _common_number(numbers)
         num_rows = batch_size * num_images_per_prompt
         generator = list(generator) if isinstance(generator, tuple) else generator
+        self._check_generators(generator, num_rows)  # also where an inversion leaves nothing to draw
 
         # 2. Conditions, of the source and the style without guidance
         device = self._execution_device
@@ -689,6 +691,10 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 latents = self.prepare_latents(
                     num_rows, height, width, generator, latents, device, image_latents, timesteps[0]
                 )
+            elif latents is not None and latents.shape != image_latents.shape:
+                raise ValueError(
+                    f"`latents` must have shape {tuple(image_latents.shape)}, but has shape {tuple(latents.shape)}."
+                )
             else:
                 latents = image_latents
 
@@ -714,7 +720,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 references += [row + len(latents) for row in references]
             sharing = self.transformer.share_attention(references, style_strength)
             if callback is not None:
-                callback = _without_references(callback, callback_tensors, num_rows)
+                callback = _without_references(callback, callback_tensors, num_rows, num_references)
                 callback_tensors = self._callback_tensor_inputs
 
         compute_ratio = None
@@ -764,16 +770,20 @@ def _repeat(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
     return tensor.repeat_interleave(num_rows // len(tensor), dim=0)
 
 
-def _without_references(callback: Callable, names: list[str], num_rows: int) -> Callable:
-    """The callback of a user, who knows of the first `num_rows` rows only."""
+def _without_references(callback: Callable, names: list[str], num_rows: int, num_references: int) -> Callable:
+    """
+    The callback of a user, who knows of the first `num_rows` rows only. The references behind them keep what they have;
+    a new negative text is also that of the references, each that of the first image which uses it.
+    """
 
     def wrapped(pipe, i: int, t: torch.Tensor, tensors: dict) -> dict:
         own = {name: None if tensor is None else tensor[:num_rows] for name, tensor in tensors.items()}
         returned = callback(pipe, i, t, {name: own[name] for name in names}) or {}
-        return {
-            name: torch.cat([tensor, tensors[name][num_rows:]])
-            for name, tensor in returned.items()
-            if name in own and tensor is not own[name]
-        }
+        changed = {name: new for name, new in returned.items() if name in own and new is not own[name]}
+        for name, new in changed.items():
+            is_negative = name == "negative_prompt_embeds"
+            references = new[:: num_rows // num_references] if is_negative else tensors[name][num_rows:]
+            changed[name] = torch.cat([new, references])
+        return changed
 
     return wrapped

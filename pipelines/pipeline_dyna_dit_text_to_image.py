@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from diffusers import AutoencoderKL, SchedulerMixin
@@ -36,6 +37,9 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
     Pipeline for text-to-image generation by a [`DynaDiTTransformer2DModel`] with `cross_attention_dim`, on the latents
     of a VAE or on pixels. LoRA weights are loaded by `load_lora_weights` and saved by `save_lora_weights`.
 
+    Its `guidance_scale` is 4.5 by default, as in diffusers' PixArt and Sana pipelines. Those of the family that also take
+    transformers without a null condition are not guided unless asked to.
+
     Args:
         transformer ([`DynaDiTTransformer2DModel`]):
             Predicts the velocity (flow matching) or the noise (DDPM), and with `learn_sigma` the variance too.
@@ -47,10 +51,14 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer of `text_encoder`.
         vae ([`~diffusers.AutoencoderKL`], *optional*):
             Decodes the latents that the transformer draws. `None` where it draws pixels, in [-1, 1].
+        id2label (`dict[int, str]`, *optional*):
+            Name of each class of a transformer that has classes too, saved with the pipeline. Several names of one class
+            are separated by commas.
 
     Raises:
         `ValueError`: if the transformer was made for another task, if the hidden states of `text_encoder` have another
             width than the text that it reads, or the latents of `vae` another number of channels.
+        `TypeError`: on a `text_encoder` that has a decoder too, and on a `vae` whose scale factor is not known.
     """
 
     _optional_components = ["text_encoder", "tokenizer", "vae"]
@@ -63,10 +71,12 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         vae: AutoencoderKL | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self._register(
             "text-to-image",
+            id2label,
             transformer=transformer,
             scheduler=scheduler,
             text_encoder=text_encoder,
@@ -94,10 +104,11 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_attention_mask: torch.Tensor | None,
         max_sequence_length: int | None,
+        class_labels,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> None:
-        """Raises a `ValueError` that names the argument for everything a call cannot work with."""
+        """Raises a `ValueError` or `TypeError` that names the argument for everything a call cannot work with."""
         self.check_common_inputs(
             height=height,
             width=width,
@@ -114,13 +125,14 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         )
         self.check_conditions(
             guidance_scale,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            max_sequence_length=max_sequence_length,
+            class_labels,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            max_sequence_length,
         )
 
     @torch.no_grad()
@@ -134,7 +146,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         num_inference_steps: int = 50,
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 4.5,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         guidance_channels: int | None = None,
@@ -147,6 +159,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
         max_plan_bytes: int = 2**30,
@@ -162,7 +175,8 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
-                What to draw. Without it and `prompt_embeds`, images are drawn from the learned null caption.
+                What to draw. Without it and `prompt_embeds`, the learned null caption stands, and `guidance_scale` has to
+                be 1 unless there are `class_labels`.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from, one text or as many as prompts. `None` guides away from the learned null
                 caption. Only with guidance.
@@ -171,9 +185,10 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             num_inference_steps (`int`, defaults to `50`): steps of the scheduler.
             timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
             sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
-            guidance_scale (`float`, defaults to `1.0`):
+            guidance_scale (`float`, defaults to `4.5`):
                 Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
-                null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
+                null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves. It
+                needs a transformer trained with a null caption, or a `negative_prompt`.
             guidance_rescale (`float`, defaults to `0.0`):
                 How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
                 ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
@@ -183,7 +198,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
                 Number of leading channels to guide; the others are those of the text. `None` guides all.
-            num_images_per_prompt (`int`, defaults to `1`): images for each prompt.
+            num_images_per_prompt (`int`, defaults to `1`): images for each prompt or label.
             eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes the images reproducible. A list has one for each image.
@@ -200,6 +215,9 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             max_sequence_length (`int`, *optional*):
                 Most tokens of a prompt; the rest is cut off, with a warning. `None` is what the tokenizer and the text
                 encoder take.
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
+                What to draw, for a transformer that has classes too, as labels or as names of `id2label`: one for all, or
+                one for each prompt. `None` is the null class.
             complete_model (`bool`, defaults to `False`):
                 Run every head, channel group and token: the static model.
             width_mult (`float`, *optional*):
@@ -235,6 +253,8 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         default_height, default_width = self.default_size()
         height = default_height if height is None else height
         width = default_width if width is None else width
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
         self.check_inputs(
             prompt,
             negative_prompt,
@@ -254,6 +274,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             negative_prompt_embeds,
             negative_prompt_attention_mask,
             max_sequence_length,
+            class_labels,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
@@ -262,19 +283,20 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)
         device = self._execution_device
 
-        # 2. Text, time grid, noise
-        batch_size = self.get_batch_size(prompt=prompt, prompt_embeds=prompt_embeds)
+        # 2. Text and labels, time grid, noise
+        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds)
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,
             device,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            max_sequence_length=max_sequence_length,
+            class_labels,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            max_sequence_length,
         )
         timesteps = self.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, generator, latents, device)

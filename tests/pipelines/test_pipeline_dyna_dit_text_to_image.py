@@ -6,13 +6,24 @@ ones made from their configs.
 """
 
 import copy
+import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PixArtAlphaPipeline,
+    SanaPipeline,
+)
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
+from transformers import T5Config, T5Model
 
 import diffusers_dyna
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, FlowMatchODEScheduler
@@ -23,6 +34,7 @@ from .dyna_dit_common import (
     DynaDiTPipelineTests,
     assert_close,
     generators,
+    leave_a_part_out,
     quiet,
     tiny_dit,
     tiny_text_encoder,
@@ -31,18 +43,24 @@ from .dyna_dit_common import (
 )
 
 
+# Of a transformer that has classes too.
+CLASSES = {"num_classes": 3, "class_dropout_prob": 0.1}
 PROMPTS = ["a big red square", "blue", "small dark square"]
 ENCODERS = ("bert", "clip", "t5")
 
 
-def make_pipeline(scheduler=None, vae=None, encoder="bert", **overrides) -> DynaDiTTextToImagePipeline:
+def make_pipeline(scheduler=None, vae=None, encoder="bert", id2label=None, **overrides) -> DynaDiTTextToImagePipeline:
     transformer = tiny_dit(**{**TEXT, **overrides})
-    scheduler = scheduler or FlowMatchODEScheduler()
-    return quiet(DynaDiTTextToImagePipeline(transformer, scheduler, tiny_text_encoder(encoder), tiny_tokenizer(), vae))
+    text = (tiny_text_encoder(encoder), tiny_tokenizer())
+    return quiet(
+        DynaDiTTextToImagePipeline(transformer, scheduler or FlowMatchODEScheduler(), *text, vae, id2label=id2label)
+    )
 
 
-def draw(pipe, *args, num_inference_steps=3, output_type="latent", **kwargs) -> torch.Tensor:
-    return pipe(*args, num_inference_steps=num_inference_steps, output_type=output_type, **kwargs).images
+def draw(pipe, *args, guidance_scale=1.0, **kwargs) -> torch.Tensor:
+    """The latents of three steps, not guided unless told so."""
+    arguments = {"num_inference_steps": 3, "output_type": "latent", **kwargs}
+    return pipe(*args, guidance_scale=guidance_scale, **arguments).images
 
 
 @torch.no_grad()
@@ -62,7 +80,7 @@ def written_out_loop(
     interval=(0.0, 1.0),
     rescale: float = 0.0,
     guided_channels: int = 3,
-    **model_kwargs,
+    labels: list[int] | None = None,
 ) -> torch.Tensor:
     """Row by row, seeded by the place of the prompt."""
     transformer, rows = pipe.transformer, []
@@ -70,12 +88,13 @@ def written_out_loop(
         scheduler = copy.deepcopy(pipe.scheduler)
         scheduler.set_timesteps(steps)
         sample = randn(1, transformer.config.in_channels, 8, 8, seed=row) * getattr(scheduler, "init_noise_sigma", 1.0)
+        label = None if labels is None else torch.tensor(labels[row : row + 1])
         for t in scheduler.timesteps:
             text = encode(pipe, prompt)
-            output = transformer(sample, t.float(), encoder_hidden_states=text, **model_kwargs).sample[:, :3]
+            output = transformer(sample, t.float(), label, encoder_hidden_states=text).sample[:, :3]
             if scale > 1 and interval[0] <= t / 1000 <= interval[1]:
                 null = None if negative is None else encode(pipe, negative[row])  # None is the null caption
-                null_output = transformer(sample, t.float(), encoder_hidden_states=null, **model_kwargs).sample[:, :3]
+                null_output = transformer(sample, t.float(), encoder_hidden_states=null).sample[:, :3]
                 k = guided_channels
                 guided = null_output[:, :k] + scale * (output[:, :k] - null_output[:, :k])
                 rescaled = guided * output[:, :k].std() / guided.std()
@@ -106,6 +125,14 @@ def test_loop(encoder, scale):
     actual = draw(pipe, PROMPTS, num_inference_steps=4, guidance_scale=scale, generator=generators(0, 1, 2))
     assert expected.std() > 0.05
     assert_close(actual, expected)
+
+
+def test_guidance_is_that_of_pixart_and_sana_by_default():
+    pipe = make_pipeline()
+    for other in (PixArtAlphaPipeline, SanaPipeline):
+        assert inspect.signature(other.__call__).parameters["guidance_scale"].default == 4.5
+    images = pipe(PROMPTS, num_inference_steps=3, output_type="latent", generator=generators(0, 1, 2)).images
+    assert_close(images, written_out_loop(pipe, PROMPTS, 3, 4.5))
 
 
 @pytest.mark.parametrize("make_scheduler", [DDIMScheduler, FlowMatchHeunDiscreteScheduler])
@@ -192,9 +219,46 @@ def test_text_is_computed_once(interval, negative):
 
 
 def test_a_model_of_text_and_classes_draws_with_the_null_class():
-    pipe = make_pipeline(num_classes=3, class_dropout_prob=0.1)
+    pipe = make_pipeline(**CLASSES)
     actual = draw(pipe, PROMPTS, guidance_scale=2.0, generator=generators(0, 1, 2))
     assert_close(actual, written_out_loop(pipe, PROMPTS, 3, 2.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_texts_and_classes(scale):
+    """Labels, names, arrays; as many as prompts, or one for all of them, or one prompt for all labels."""
+    pipe = make_pipeline(id2label={0: "cat", 1: "dog", 2: "bird"}, **CLASSES)
+    expected = written_out_loop(pipe, PROMPTS, 3, scale, labels=[2, 0, 1])
+    for labels in ([2, 0, 1], ["bird", 0, "dog"], torch.tensor([2, 0, 1]), np.array([2, 0, 1])):
+        arguments = {"guidance_scale": scale, "latents": torch.cat([randn(1, 3, 8, 8, seed=row) for row in range(3)])}
+        assert_close(draw(pipe, PROMPTS, class_labels=labels, **arguments), expected)
+    one_prompt = draw(pipe, PROMPTS[0], class_labels=[2, 0, 1], **arguments)
+    assert_close(one_prompt, written_out_loop(pipe, [PROMPTS[0]] * 3, 3, scale, labels=[2, 0, 1]))
+    one_label = draw(pipe, PROMPTS, class_labels="dog", **arguments)
+    assert_close(one_label, written_out_loop(pipe, PROMPTS, 3, scale, labels=[1] * 3))
+    assert (one_label[:2] - expected[:2]).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_classes_without_a_prompt_are_guided():
+    """From the null class and the null caption."""
+    pipe = make_pipeline(**CLASSES)
+    latents = randn(2, 3, 8, 8)
+    actual = draw(pipe, class_labels=[0, 2], guidance_scale=2.0, latents=latents, num_inference_steps=1)
+    with torch.no_grad():
+        velocity, null = (
+            pipe.transformer(latents, 1000.0, torch.tensor(labels)).sample[:, :3] for labels in ([0, 2], [3, 3])
+        )
+    assert_close(actual, latents - (2 * velocity - null))
+
+
+def test_a_model_without_a_null_class_is_told_one():
+    pipe = make_pipeline(num_classes=3)
+    message = "`class_labels` must be given: the transformer has 3 classes and no null class"
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, "red")
+    assert_close(
+        draw(pipe, "red", class_labels=2, generator=generators(0)), written_out_loop(pipe, ["red"], 3, labels=[2])
+    )
 
 
 def test_no_prompt_draws_from_the_null_caption():
@@ -220,6 +284,7 @@ def test_text_decides_what_is_drawn():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         transformer._initialize_weights()
+        leave_a_part_out(transformer)
         with torch.no_grad():
             text, mask, _, _ = pipe.encode_prompt(list(colours), device="cpu")
         images = torch.tensor(list(colours.values()))[:, :, None, None].expand(-1, -1, 8, 8)
@@ -231,7 +296,6 @@ def test_text_decides_what_is_drawn():
             prediction = transformer(
                 (1 - sigma) * data + sigma * noise,
                 1000 * time,
-                complete_model=True,
                 encoder_hidden_states=text[which],
                 encoder_attention_mask=mask[which],
             ).sample
@@ -241,7 +305,10 @@ def test_text_decides_what_is_drawn():
     transformer.eval()
 
     def redness(prompt, **arguments):
-        images = draw(pipe, prompt, num_inference_steps=8, latents=randn(8, 3, 8, 8), complete_model=True, **arguments)
+        arguments = {"guidance_scale": 1.0, "num_inference_steps": 8, "output_type": "latent", **arguments}
+        output = pipe(prompt, latents=randn(8, 3, 8, 8), output_compute_ratio=True, **arguments)
+        assert output.compute_ratio < 0.7  # in the skipping form
+        images = output.images
         return (images[:, 0] - images[:, 2]).mean().item()
 
     red, blue = redness(["a red square"] * 8), redness(["a blue square"] * 8)
@@ -316,7 +383,8 @@ def test_longest_text_where_no_number_is_known():
 
 
 def test_from_pipe_to_the_other_pipelines():
-    pipe = make_pipeline(vae=tiny_vae(), in_channels=4)
+    names = {0: "cat", 1: "dog", 2: "bird"}
+    pipe = make_pipeline(vae=tiny_vae(), in_channels=4, id2label=names, **CLASSES)
     for name in ("DynaDiTTextToImagePipeline", "DynaDiTImg2ImgPipeline", "DynaDiTInpaintPipeline"):
         cls = getattr(diffusers_dyna, name, None)
         if cls is not None:
@@ -325,6 +393,7 @@ def test_from_pipe_to_the_other_pipelines():
                 assert getattr(other, component) is getattr(pipe, component)
             back = DynaDiTTextToImagePipeline.from_pipe(other)
             assert back.text_encoder is pipe.text_encoder and back.transformer is pipe.transformer
+            assert other.id2label == back.id2label == names
 
 
 def test_caption_width_without_projection():
@@ -528,8 +597,10 @@ def test_wrong_inputs_for_the_pipeline_at_hand():
     no_null = make_pipeline(caption_dropout_prob=0.0)
     with pytest.raises(ValueError, match="`prompt` or `prompt_embeds` must be given: the transformer has no null cap"):
         no_null()
-    with pytest.raises(ValueError, match="`guidance_scale`=2.0 needs a `prompt`, and a `negative_prompt` or a trans"):
-        no_null("red", guidance_scale=2.0)
+    with pytest.raises(
+        ValueError, match="`guidance_scale`=4.5 needs .* or a transformer .* null caption .* Use `guid"
+    ):
+        no_null("red")
     draw(no_null, "red", "blue", guidance_scale=2.0)
     without_encoder = DynaDiTTextToImagePipeline(tiny_dit(**TEXT), FlowMatchODEScheduler(), None, None)
     with pytest.raises(ValueError, match="`prompt` needs `text_encoder` and `tokenizer`, which the pipeline was load"):
@@ -567,3 +638,22 @@ def test_components_that_do_not_fit():
         DynaDiTTextToImagePipeline(tiny_dit(**TEXT), scheduler, linear, tokenizer)
     with pytest.raises(ValueError, match="`vae` has latents of 4 channels, but `transformer` takes 3"):
         DynaDiTTextToImagePipeline(tiny_dit(**TEXT), scheduler, encoder, tokenizer, tiny_vae())
+
+    config = T5Config(vocab_size=12, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    message = (
+        "`text_encoder` is T5Model, which has a decoder too. Use a class of the encoder alone, for T5 T5EncoderModel"
+    )
+    with pytest.raises(TypeError, match=message):
+        DynaDiTTextToImagePipeline(tiny_dit(**TEXT), scheduler, T5Model(config), tokenizer)
+    transformer = tiny_dit(**TEXT, in_channels=4)
+    blocks = {"encoder_block_out_channels": (4, 8), "decoder_block_out_channels": (4, 8)}
+    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "latent_channels": 4}
+    kinds = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+    vae = AutoencoderDC(attention_head_dim=4, **blocks, **layers, **kinds)
+    with pytest.raises(
+        TypeError, match="`vae` is AutoencoderDC, whose config has no `block_out_channels`. Use a VAE suc"
+    ):
+        DynaDiTTextToImagePipeline(transformer, scheduler, encoder, tokenizer, vae)
+    tiny = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), **blocks}
+    vae = AutoencoderTiny(**tiny)
+    assert DynaDiTTextToImagePipeline(transformer, scheduler, encoder, tokenizer, vae).vae_scale_factor == 2
