@@ -301,10 +301,10 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
                 "PyramidAttentionBroadcast holds one call only and would take one tile for another. Use "
                 f"`tile_batch_size={len(tiles)}`, or another cache."
             )
+        repeated = conditions.repeated
         prediction, compute_ratios = 0, []
         for start in range(0, len(tiles), self._tile_batch_size):
             chunk = tiles[start : start + self._tile_batch_size]
-            repeated = conditions.repeated
             output, compute_ratio = super()._predict(
                 torch.cat([hidden_states[:, :, rows, columns] for rows, columns, _ in chunk]),
                 timestep,

@@ -311,6 +311,23 @@ def test_text_is_computed_once(scale, negative, tile_batch_size):
     assert len(calls) == len(transformer.transformer_blocks)
 
 
+def test_text_of_steps_without_guidance_is_computed_once():
+    """One tile at a time, where their rows lead those of the guided steps."""
+    parts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+    transformer = tiny_dit(**TEXT, condition_channels=3, noise_level_conditioning=True)
+    pipe = quiet(DynaDiTUpscalePipeline(transformer, FlowMatchODEScheduler(), **parts))
+    calls = []
+    for block in transformer.transformer_blocks:
+        block.cross_attn.to_kv.forward = lambda *args, forward=block.cross_attn.to_kv.forward, **kwargs: (
+            calls.append(1) or forward(*args, **kwargs)
+        )
+    arguments = {"guidance_scale": 2.0, "guidance_interval": (0.5, 0.8), "tile_batch_size": 1}
+    for tile_size in (16, 8):
+        del calls[:]
+        enlarged(pipe, pictures(0, height=8, width=8), prompt="red", tile_size=tile_size, **arguments)
+        assert len(calls) == len(transformer.transformer_blocks)
+
+
 def test_text_of_a_callback_reaches_all_tiles():
     parts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
     transformer = tiny_dit(**TEXT, condition_channels=3, noise_level_conditioning=True)
