@@ -49,7 +49,9 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
 
     In both, after each step the known part is set to that of the image on the scheduler's path, mixed with the noise
     that the trajectory started from; an exact prediction, knowing that part, would lead it along the same points. At
-    the end it is the image itself: without a VAE the known pixels come back unchanged, with one the known latents.
+    the end it is the image itself, whose known pixels come back unchanged. With a VAE this is done to its latents, and
+    each of those with a pixel to paint is painted. The decoder then moves all pixels, so the known ones of the image are
+    put over the result, as the overlay of diffusers' pipelines does; a VAE that decodes poorly can leave a seam.
 
     Args:
         transformer ([`DynaDiTTransformer2DModel`]): trained for inpainting, or to draw images.
@@ -146,8 +148,10 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
         )
-        if not 0 <= strength <= 1:
-            raise ValueError(f"`strength`={strength} must be in [0, 1]. 1 paints from pure noise.")
+        if not 0 < strength <= 1:
+            raise ValueError(
+                f"`strength`={strength} must be in (0, 1]. 1 paints from pure noise, 0 would paint nothing."
+            )
         if padding_mask_crop is not None:
             if padding_mask_crop < 0:
                 raise ValueError(f"`padding_mask_crop`={padding_mask_crop} must be a margin in pixels, at least 0.")
@@ -259,7 +263,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         r"""
         The way back along the path x = a * data + b * noise: (a' / a) x + sqrt(b'^2 - (a' b / a)^2) * noise has the
         distribution of the state at the higher noise level. For a path of variances it is one step of the forward
-        process (arXiv 2201.09865, algorithm 1, line 10).
+        process (arXiv 2201.09865, algorithm 1, line 10). The known part, for which lines 4 and 5 draw new noise each
+        time, is set back with the noise of the trajectory here.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`): at `sigma`.
@@ -354,7 +359,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 in it, and this margin, in pixels. The result is pasted into the image. For a small mask in a large image;
                 single images of Pillow only. `None` paints in the whole image.
             strength (`float`, defaults to `1.0`):
-                How much of the trajectory to take, in [0, 1]: below 1 the masked part is not painted from pure noise but
+                How much of the trajectory to take, in (0, 1]: below 1 the masked part is not painted from pure noise but
                 from the image, noised, in as many of the steps.
             num_inference_steps (`int`, defaults to `50`): steps of the scheduler.
             timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
@@ -473,9 +478,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 for entry in (image, binary_mask)
             ]
             pixels, mask = self.prepare_image_and_mask(*cropped, height, width)
-        latent_size = [side // self.vae_scale_factor for side in mask.shape[2:]]
-        latent_mask = F.interpolate(mask, size=latent_size, mode="nearest")
-        self.check_mask(latent_mask)
+        self.check_mask(mask)
+        latent_mask = F.max_pool2d(mask, self.vae_scale_factor)  # all that is to be painted, and what it touches
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)
@@ -552,9 +556,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         if output_type == "latent":
             images = latents
         else:
-            images = self.postprocess(latents, "pt")
-            if self.vae is None:  # as they came, without the rounding of [-1, 1]
-                images = torch.where(mask > 0, images, pixels)
+            # Known pixels as they came, without what the VAE or the rounding of [-1, 1] makes of them.
+            images = torch.where(mask > 0, self.postprocess(latents, "pt"), pixels)
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * num_rows)
         if padding_mask_crop is not None:
             images = [

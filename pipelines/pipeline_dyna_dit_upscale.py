@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images enlarged by a dynamic diffusion transformer, on latents or on pixels, in tiles where they are large."""
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,6 +39,34 @@ EXAMPLE_DOC_STRING = """
 """
 
 
+@dataclass
+class DynaDiTTiledConditions(DynaDiTConditions):
+    """
+    [`DynaDiTConditions`] of a prediction in tiles, of which the transformer is given all rows again for each tile.
+
+    Args:
+        num_tiles (`int`, defaults to `1`): the most tiles of a call.
+    """
+
+    num_tiles: int = 1
+
+    @cached_property
+    def repeated(self) -> DynaDiTConditions:
+        """
+        The rows of a call, tile after tile; fewer tiles have its leading rows. Made once, since the transformer finds
+        what it prepared by the memory of what it is given.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(DynaDiTConditions)}
+        if self.num_tiles > 1:
+            has_rows = [name for name, value in values.items() if torch.is_tensor(value) and value.ndim > 0]
+            values.update({name: torch.cat([values[name]] * self.num_tiles) for name in has_rows})
+        return DynaDiTConditions(**values)
+
+    def model_kwargs(self) -> dict:
+        """The arguments of the transformer for a call with `num_tiles` tiles."""
+        return self.repeated.model_kwargs()
+
+
 class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
     r"""
     Pipeline for super-resolution by a [`DynaDiTTransformer2DModel`], class-conditional, text-conditional or neither, on
@@ -52,7 +82,7 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             Trained for super-resolution: with `noise_level_conditioning`, and `condition_channels` = `in_channels`.
         scheduler ([`~diffusers.SchedulerMixin`]):
             The flow-matching scheduler that the transformer was trained for, or another of its kind; see
-            [`DynaDiTPipeline`].
+            [`DynaDiTPipeline`]. Others are refused: their noise levels are not those of the low-resolution image.
         vae ([`~diffusers.AutoencoderKL`], *optional*):
             Encodes the image and decodes the latents. `None` where the transformer draws pixels, in [-1, 1].
         text_encoder ([`~transformers.PreTrainedModel`], *optional*):
@@ -133,6 +163,13 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument for everything a call cannot work with."""
+        # A scheduler made from the config of another keeps keys that it does not know.
+        takes_flow_sigmas = "use_flow_sigmas" in inspect.signature(type(self.scheduler).__init__).parameters
+        if not (hasattr(self.scheduler, "scale_noise") or takes_flow_sigmas and self.scheduler.config.use_flow_sigmas):
+            raise ValueError(
+                f"`scheduler` is {type(self.scheduler).__name__} without flow matching, but super-resolution noises the "
+                "low-resolution image along a path of flow matching. Use FlowMatchODEScheduler."
+            )
         scale = self.config.upscale_factor
         factor = self.transformer.config.patch_size * self.vae_scale_factor
         if height % factor or width % factor:
@@ -217,10 +254,8 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         if hasattr(self.scheduler, "path"):
             return self.scheduler.scale_noise(latents, noise_level, noise)
-        if hasattr(self.scheduler, "scale_noise") or self.scheduler.config.get("use_flow_sigmas"):
-            sigma = noise_level / 1000  # diffusers' own have the linear path, and take no level beside their grid
-            return (1 - sigma) * latents + sigma * noise
-        return self.scheduler.add_noise(latents, noise, torch.tensor([int(noise_level)], device=latents.device))
+        sigma = noise_level / 1000  # diffusers' own have the linear path, and take no level beside their grid
+        return (1 - sigma) * latents + sigma * noise
 
     @staticmethod
     def tile_weights(length: int, tile_length: int, overlap: int) -> tuple[list[int], torch.Tensor]:
@@ -250,22 +285,15 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        conditions: DynaDiTConditions,
+        conditions: DynaDiTTiledConditions,
         cache_name: str,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        num_rows, _, height, width = hidden_states.shape
-        tile_height, tile_width = min(self._tile_size[0], height), min(self._tile_size[1], width)
-        if (tile_height, tile_width) == (height, width):
+        tiles = self._tiles
+        if len(tiles) == 1:
             return super()._predict(hidden_states, timestep, conditions, cache_name, **kwargs)
 
-        tops, row_weights = self.tile_weights(height, tile_height, min(self._tile_overlap, tile_height - 1))
-        lefts, column_weights = self.tile_weights(width, tile_width, min(self._tile_overlap, tile_width - 1))
-        tiles = [
-            (slice(top, top + tile_height), slice(left, left + tile_width), rows[:, None] * columns)
-            for top, rows in zip(tops, row_weights, strict=True)
-            for left, columns in zip(lefts, column_weights, strict=True)
-        ]
+        num_rows, _, height, width = hidden_states.shape
         has_one_state = isinstance(getattr(self.transformer, "_cache_config", None), PyramidAttentionBroadcastConfig)
         if has_one_state and len(tiles) > self._tile_batch_size:
             raise ValueError(
@@ -273,13 +301,14 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
                 "PyramidAttentionBroadcast holds one call only and would take one tile for another. Use "
                 f"`tile_batch_size={len(tiles)}`, or another cache."
             )
+        repeated = conditions.repeated
         prediction, compute_ratios = 0, []
         for start in range(0, len(tiles), self._tile_batch_size):
             chunk = tiles[start : start + self._tile_batch_size]
             output, compute_ratio = super()._predict(
                 torch.cat([hidden_states[:, :, rows, columns] for rows, columns, _ in chunk]),
                 timestep,
-                self._repeat_conditions(conditions, len(chunk)),
+                repeated if len(chunk) == conditions.num_tiles else repeated.rows(len(chunk) * num_rows),
                 f"{cache_name}_{start}",
                 **kwargs,
             )
@@ -291,14 +320,6 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         if compute_ratios[0] is None:
             return prediction, None
         return prediction, torch.cat(compute_ratios).view(len(tiles), num_rows).mean(dim=0)
-
-    @staticmethod
-    def _repeat_conditions(conditions: DynaDiTConditions, copies: int) -> DynaDiTConditions:
-        """All rows again for each tile. Not copied for a single one: the transformer finds what it prepared by them."""
-        if copies == 1:
-            return conditions
-        values = {name: value for name, value in vars(conditions).items() if torch.is_tensor(value) and value.ndim > 0}
-        return replace(conditions, **{name: torch.cat([value] * copies) for name, value in values.items()})
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -467,12 +488,25 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)
-        self._tile_size = tuple(side // self.vae_scale_factor for side in tile_size)
-        self._tile_overlap = tile_overlap // self.vae_scale_factor
-        self._tile_batch_size = tile_batch_size
         device = self._execution_device
 
-        # 2. Conditions, time grid, noise
+        # 2. Tiles, in latents: rows, columns and weights of each
+        sides = []
+        for length, tile_length in zip((height, width), tile_size, strict=True):
+            length, tile_length = (side // self.vae_scale_factor for side in (length, min(tile_length, length)))
+            overlap = min(tile_overlap // self.vae_scale_factor, tile_length - 1)
+            starts, weights = self.tile_weights(length, tile_length, overlap)
+            sides.append(
+                [(slice(start, start + tile_length), row) for start, row in zip(starts, weights, strict=True)]
+            )
+        self._tiles = [
+            (rows, columns, row_weights[:, None] * column_weights)
+            for rows, row_weights in sides[0]
+            for columns, column_weights in sides[1]
+        ]
+        self._tile_batch_size = tile_batch_size
+
+        # 3. Conditions, time grid, noise
         batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds, pixels)
         conditions = self.prepare_conditions(
             batch_size,
@@ -488,15 +522,16 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             max_sequence_length=max_sequence_length,
             noise_level=float(noise_level),
         )
+        conditions = DynaDiTTiledConditions(**vars(conditions), num_tiles=min(tile_batch_size, len(self._tiles)))
         timesteps = self.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, generator, latents, device)
 
-        # 3. The low-resolution image, one row for each result
+        # 4. The low-resolution image, one row for each result
         copies = batch_size // len(pixels) * num_images_per_prompt
         pixels = self.image_processor.normalize(pixels).to(device).repeat_interleave(copies, dim=0)
         condition = self.prepare_condition(pixels, noise_level, generator)
 
-        # 4. Loop
+        # 5. Loop
         latents, compute_ratio = self.denoise(
             timesteps,
             latents,
@@ -514,7 +549,7 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        # 5. Images
+        # 6. Images
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

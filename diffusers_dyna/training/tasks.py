@@ -53,8 +53,8 @@ def make_inpainting(seed: int, device: torch.device, vae: AutoencoderKL | None =
     `image * (1 - mask)`, where 0 is mid-gray.
 
     With a VAE both images are encoded as the batch comes: no cache can hold the masked ones. That is two passes of its
-    encoder for every sample. The masked image has the mean of its posterior; the mask is reduced to the size of the
-    latents by `mode="nearest"`.
+    encoder for every sample. The masked image has the mean of its posterior; a latent is masked where any of its pixels
+    is.
 
     Args:
         seed (`int`): seed of the run.
@@ -72,7 +72,7 @@ def make_inpainting(seed: int, device: torch.device, vae: AutoencoderKL | None =
         if vae is None:
             return pixels, torch.cat([masks, masked], dim=1), {}
         masked = encode_images(vae, masked)
-        masks = F.interpolate(masks, size=masked.shape[2:], mode="nearest")
+        masks = F.adaptive_max_pool2d(masks, masked.shape[2:])
         return _encode_samples(vae, pixels, seed, indices), torch.cat([masks, masked], dim=1), {}
 
     return prepare

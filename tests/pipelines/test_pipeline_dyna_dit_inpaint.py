@@ -89,6 +89,16 @@ class TestWithoutTraining(DynaDiTPipelineTests):
         labels = [entry % 3 for entry in entries]
         return {"image": pictures(*entries), "mask_image": square(1, 2), "class_labels": labels, "guidance_scale": 2.0}
 
+    def test_vae(self):
+        """Decoded latents where the mask is, and the image elsewhere."""
+        pipe = self.make(vae=tiny_vae(shift_factor=0.3), **self.latent)
+        latents = self.draw(pipe, 0, 1)
+        images = self.draw(pipe, 0, 1, output_type="pt")
+        assert latents.shape == (2, 4, 4, 4)
+        with torch.no_grad():
+            decoded = pipe.vae.decode(latents / 0.5 + 0.3).sample
+        assert_close(images, torch.where(square(1, 2) > 0, (decoded / 2 + 0.5).clamp(0, 1), pictures(0, 1)))
+
 
 class TestTrained(TestWithoutTraining):
     trained = True
@@ -304,12 +314,12 @@ def test_latents_are_composited():
     pipe = make_pipeline(vae=vae, in_channels=4)
     images = pictures(0, 1, size=16)
     mask = torch.zeros(16, 16)
-    mask[4:10, 5:12] = 1  # of latents of 2 x 2 pixels, those whose first pixel is painted
+    mask[5:10, 5:12] = 1  # of latents of 2 x 2 pixels, those with a painted one
     latents = paint(pipe, images, mask, class_labels=[0, 1], generator=generators(0, 1), output_type="latent")
     with torch.no_grad():
         expected = (vae.encode(2 * images - 1).latent_dist.mean - 0.3) * 0.5
     kept = torch.ones(8, 8, dtype=torch.bool)
-    kept[2:5, 3:6] = False
+    kept[2:5, 2:6] = False
     assert_close(latents[:, :, kept], expected[:, :, kept], atol=1e-6)
     assert ((latents - expected)[:, :, ~kept].abs() > 1e-3).float().mean() > 0.9
 
@@ -338,6 +348,27 @@ def test_known_pixels_come_back_bit_for_bit(trained, channels):
     assert result.mode == image.mode
     pixels = np.asarray(result).reshape(8, 8, channels).transpose(2, 0, 1)
     assert np.array_equal(pixels[kept.numpy()], levels.transpose(2, 0, 1)[kept.numpy()])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_known_pixels_come_back_bit_for_bit_through_a_vae(trained):
+    """A mask that cuts latents of 2 x 2 pixels in two, and one that leaves none whole: what is asked changes, no more."""
+    pipe = make_pipeline(trained=trained, vae=tiny_vae(shift_factor=0.3), in_channels=4)
+    images = pictures(0, 1, size=16)
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[0, :, 5:10, 5:12] = 1
+    masks[1, :, 1::2, 1::2] = 1
+    painted = (masks > 0).expand(2, 3, 16, 16)
+    arguments = {"class_labels": [0, 1], "generator": generators(0, 1)}
+    results = paint(pipe, images, masks, **arguments)
+    assert torch.equal(results[~painted], images[~painted])
+    assert (results != images)[painted].float().mean() > 0.99
+
+    levels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = masks[0, 0].numpy() > 0
+    (result,) = paint(pipe, PIL.Image.fromarray(levels), PIL.Image.fromarray(mask), class_labels=0, output_type="pil")
+    assert np.array_equal(np.asarray(result)[~mask], levels[~mask])
+    assert (np.asarray(result) != levels)[mask].mean() > 0.9
 
 
 def test_forms_of_images_and_masks():
@@ -617,9 +648,9 @@ PIL_SQUARE.paste(255, (2, 2, 5, 5))
             r"must be positive and divisible by 2 .* are 9 and 9. The nearest valid size is 10 and 10",
         ),
         ({"height": 8, "width": 13}, r"are 8 and 13. The nearest valid size is 8 and 14"),
-        ({"strength": 1.5}, r"`strength`=1.5 must be in \[0, 1\]"),
-        ({"strength": -0.1}, r"`strength`=-0.1 must be in \[0, 1\]"),
-        ({"strength": 0.0}, r"`strength`=0.0 leaves none of the 3 steps"),
+        ({"strength": 1.5}, r"`strength`=1.5 must be in \(0, 1\]"),
+        ({"strength": -0.1}, r"`strength`=-0.1 must be in \(0, 1\]"),
+        ({"strength": 0.0}, r"`strength`=0.0 must be in \(0, 1\]. .* 0 would paint nothing"),
         (
             {"padding_mask_crop": 4, "output_type": "pil"},
             "`padding_mask_crop` needs a single image of Pillow as `image`, but it is a Tensor",
@@ -674,12 +705,17 @@ def test_resampling_needs_steps_without_memory(make_scheduler):
     assert torch.equal(result[kept], pictures(0)[kept])
 
 
-def test_mask_that_is_lost_at_the_size_of_the_latents():
+def test_mask_that_is_lost_at_the_size_that_is_painted():
+    """That of the pixels: one of them is enough for a latent of 2 x 2."""
     pipe = make_pipeline(vae=tiny_vae(), in_channels=4)
-    mask = torch.zeros(16, 16)
+    image, mask = pictures(0, size=16), torch.zeros(16, 16)
     mask[5, 5] = 1
+    changed = paint(pipe, image, mask, class_labels=0) != image
+    assert changed[0, :, 5, 5].all() and changed.sum() == 3
     with pytest.raises(ValueError, match="`mask_image` 0 is empty .at 8 x 8, the size that is painted"):
-        paint(pipe, pictures(0, size=16), mask, class_labels=0)
+        paint(pipe, image, mask, class_labels=0, height=8, width=8)
+    with pytest.raises(ValueError, match="`mask_image` 0 covers all .at 16 x 16"):
+        paint(pipe, image, torch.ones(16, 16), class_labels=0)
 
 
 def test_transformers_of_other_tasks():

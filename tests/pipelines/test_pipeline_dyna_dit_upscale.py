@@ -12,7 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 import diffusers_dyna.pipelines.pipeline_dyna_dit_upscale as module
 from diffusers_dyna import DynaDiTInpaintPipeline, DynaDiTPipeline, DynaDiTUpscalePipeline, FlowMatchODEScheduler
@@ -63,6 +71,10 @@ class TestStandard(DynaDiTPipelineTests):
         labels = [entry % 3 for entry in entries]
         return {"image": pictures(*entries), "class_labels": labels, "guidance_scale": 2.0, "noise_level": 100}
 
+    @pytest.mark.parametrize("make_scheduler", [FlowMatchODEScheduler, FlowMatchEulerDiscreteScheduler])
+    def test_image_of_a_seed_does_not_depend_on_its_batch(self, make_scheduler):  # DDPMScheduler is refused
+        super().test_image_of_a_seed_does_not_depend_on_its_batch(make_scheduler)
+
 
 class TestTiled(TestStandard):
     def arguments(self, *entries):
@@ -103,7 +115,11 @@ def test_loop(path, factor):
         assert_close(actual[row : row + 1], sample)
 
 
-@pytest.mark.parametrize("make_scheduler", [FlowMatchODEScheduler, FlowMatchEulerDiscreteScheduler])
+def flow_dpm_solver() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+
+
+@pytest.mark.parametrize("make_scheduler", [FlowMatchODEScheduler, FlowMatchEulerDiscreteScheduler, flow_dpm_solver])
 @pytest.mark.parametrize("has_vae", [False, True])
 def test_condition_channels_are_those_of_training(make_scheduler, has_vae):
     """Down to the noise, drawn here and handed to the scheduler of training; and the level that the model is told."""
@@ -124,7 +140,7 @@ def test_condition_channels_are_those_of_training(make_scheduler, has_vae):
 
     pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
     image = downscale(pixels, 2) / 2 + 0.5
-    for level in (0, 20, 350):
+    for level in (0, 20, 20.7, 350):
         arguments = {"noise_level": level} if level != 20 else {}
         del seen[:], levels[:]
         enlarged(
@@ -271,6 +287,75 @@ def test_loop_over_tiles(scale, tile_batch_size):
         assert_close(output.images[row : row + 1], sample)
     handle.remove()
     assert output.compute_ratio == pytest.approx(torch.cat(ratios).mean().item()) and output.compute_ratio < 0.95
+
+
+@pytest.mark.parametrize("tile_batch_size", [1, 4, 8, 9])
+@pytest.mark.parametrize("scale, negative", [(1.0, None), (2.0, None), (2.0, "dark")])
+def test_text_is_computed_once(scale, negative, tile_batch_size):
+    """Keys and values of all tiles, of the last few too, are those that the plan holds."""
+    parts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+    transformer = tiny_dit(**TEXT, condition_channels=3, noise_level_conditioning=True)
+    pipe = quiet(DynaDiTUpscalePipeline(transformer, FlowMatchODEScheduler(), **parts))
+    calls, sizes = [], []
+    for block in transformer.transformer_blocks:
+        block.cross_attn.to_kv.forward = lambda *args, forward=block.cross_attn.to_kv.forward, **kwargs: (
+            calls.append(1) or forward(*args, **kwargs)
+        )
+    transformer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    arguments = {"guidance_scale": scale, "negative_prompt": negative, "tile_batch_size": tile_batch_size}
+    prompts = {"prompt": ["red", "a blue square"], "generator": generators(0, 1), "tile_overlap": 4}
+    enlarged(pipe, pictures(0, 1, height=8, width=8), **prompts, **arguments)  # 9 tiles
+    rows = 4 if scale > 1 else 2
+    chunks = {1: [1] * 9, 4: [4, 4, 1], 8: [8, 1], 9: [9]}[tile_batch_size]
+    assert sizes == 3 * [rows * chunk for chunk in chunks]
+    assert len(calls) == len(transformer.transformer_blocks)
+
+
+def test_text_of_steps_without_guidance_is_computed_once():
+    """One tile at a time, where their rows lead those of the guided steps."""
+    parts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+    transformer = tiny_dit(**TEXT, condition_channels=3, noise_level_conditioning=True)
+    pipe = quiet(DynaDiTUpscalePipeline(transformer, FlowMatchODEScheduler(), **parts))
+    calls = []
+    for block in transformer.transformer_blocks:
+        block.cross_attn.to_kv.forward = lambda *args, forward=block.cross_attn.to_kv.forward, **kwargs: (
+            calls.append(1) or forward(*args, **kwargs)
+        )
+    arguments = {"guidance_scale": 2.0, "guidance_interval": (0.5, 0.8), "tile_batch_size": 1}
+    for tile_size in (16, 8):
+        del calls[:]
+        enlarged(pipe, pictures(0, height=8, width=8), prompt="red", tile_size=tile_size, **arguments)
+        assert len(calls) == len(transformer.transformer_blocks)
+
+
+def test_text_of_a_callback_reaches_all_tiles():
+    parts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+    transformer = tiny_dit(**TEXT, condition_channels=3, noise_level_conditioning=True)
+    pipe = quiet(DynaDiTUpscalePipeline(transformer, FlowMatchODEScheduler(), **parts))
+    image, latents = pictures(0, height=8, width=8), randn(1, 3, 16, 16)
+    arguments = {"guidance_scale": 2.0, "tile_overlap": 4, "noise_level": 0, "latents": latents}
+    text = pipe.encode_prompt("dark", do_classifier_free_guidance=False)[0]
+    red = pipe.encode_prompt("red", do_classifier_free_guidance=False)[0]
+    assert text.shape == red.shape
+
+    def change(pipe, i, t, tensors):
+        return {"prompt_embeds": text} if i == 0 else {}
+
+    inputs = ["prompt_embeds"]
+    changed = enlarged(pipe, image, prompt_embeds=red, callback_on_step_end=change,
+                       callback_on_step_end_tensor_inputs=inputs, **arguments)  # fmt: skip
+    states = []
+    enlarged(
+        pipe,
+        image,
+        prompt_embeds=red,
+        callback_on_step_end=lambda pipe, i, t, tensors: states.append(tensors["latents"]) or {},
+        **arguments,
+    )
+    rest = enlarged(pipe, image, prompt_embeds=text, sigmas=[2 / 3, 1 / 3], num_inference_steps=None,
+                    **{**arguments, "latents": states[0]})  # fmt: skip
+    assert_close(changed, rest, atol=1e-4)
+    assert (changed - states[-1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -461,6 +546,23 @@ def test_bad_input_with_a_vae():
     ):
         enlarged(pipe, pictures(0), class_labels=0, tile_overlap=3)
     assert enlarged(pipe, pictures(0, height=12, width=8), class_labels=0, output_type="pt").shape == (1, 3, 24, 16)
+
+
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        DDPMScheduler,
+        EulerDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        lambda: DDIMScheduler.from_config(flow_dpm_solver().config),  # keeps `use_flow_sigmas` in its config
+    ],
+)
+def test_schedulers_without_flow_matching(make_scheduler):
+    pipe = make_pipeline(make_scheduler(), learn_sigma=False)
+    name = type(pipe.scheduler).__name__
+    with pytest.raises(ValueError, match=f"`scheduler` is {name} without flow matching.* Use FlowMatchODEScheduler."):
+        enlarged(pipe, pictures(0), class_labels=0)
 
 
 def test_no_image():
