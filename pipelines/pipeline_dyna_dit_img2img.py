@@ -781,6 +781,12 @@ def _without_references(callback: Callable, names: list[str], num_rows: int, num
         returned = callback(pipe, i, t, {name: own[name] for name in names}) or {}
         changed = {name: new for name, new in returned.items() if name in own and new is not own[name]}
         for name, new in changed.items():
+            expected = own["latents" if name == "latents" else "prompt_embeds"].shape
+            if new.shape != expected:
+                raise ValueError(
+                    f"`{name}` from `callback_on_step_end` must have shape {tuple(expected)}, as given, but has shape "
+                    f"{tuple(new.shape)}."
+                )
             is_negative = name == "negative_prompt_embeds"
             references = new[:: num_rows // num_references] if is_negative else tensors[name][num_rows:]
             changed[name] = torch.cat([new, references])

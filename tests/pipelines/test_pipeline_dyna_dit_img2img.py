@@ -680,6 +680,16 @@ def test_callbacks_do_not_see_references():
     cloned = draw(pipe, callback_on_step_end=same, callback_on_step_end_tensor_inputs=names, **arguments)
     assert_close(cloned, plain)
 
+    for name, shape in (("latents", r"\(2, 3, 8, 8\)"), ("prompt_embeds", r"\(2, 6, 16\)")):
+        message = rf"`{name}` from `callback_on_step_end` must have shape {shape}, as given, but has shape \(1, "
+        with pytest.raises(ValueError, match=message):
+            draw(
+                pipe,
+                callback_on_step_end=lambda pipeline, step, timestep, tensors, name=name: {name: tensors[name][:1]},
+                callback_on_step_end_tensor_inputs=names,
+                **arguments,
+            )
+
 
 @pytest.mark.parametrize("negative", [None, "bright"])
 def test_callback_replaces_the_negative_text_of_references_too(negative):
