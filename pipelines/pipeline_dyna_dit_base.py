@@ -1201,6 +1201,8 @@ def _with_texts(
 ) -> DynaDiTConditions:
     """Other text states of the same shape, in new memory; without a negative text the null half stays."""
     text = conditions.encoder_hidden_states
+    if text is None:
+        raise ValueError("`callback_on_step_end` returned `prompt_embeds`, but the run has no text to replace.")
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         expected = (num_rows, *text.shape[1:])
         if embeds is not None and embeds.shape != expected:
@@ -1211,8 +1213,9 @@ def _with_texts(
     if negative_prompt_embeds is None:
         return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
     is_dropped = conditions.caption_dropout_mask
-    if is_dropped is not None and is_dropped[num_rows]:  # a negative text in the place of the null caption
-        is_dropped = None
+    if is_dropped is not None:  # a negative text in the place of the null caption
+        is_dropped = is_dropped & (torch.arange(len(is_dropped), device=is_dropped.device) < num_rows)
+        is_dropped = is_dropped if is_dropped.any() else None
     text = torch.cat([prompt_embeds, negative_prompt_embeds])
     return replace(conditions, encoder_hidden_states=text, caption_dropout_mask=is_dropped)
 

@@ -691,8 +691,9 @@ def test_callbacks_do_not_see_references():
             )
 
 
+@pytest.mark.parametrize("style_prompt", ["small", None])
 @pytest.mark.parametrize("negative", [None, "bright"])
-def test_callback_replaces_the_negative_text_of_references_too(negative):
+def test_callback_replaces_the_negative_text_of_references_too(negative, style_prompt):
     """From the second step on; a reference has that of the first image that uses it."""
     pipe = make_pipeline(**TEXT)
     reference, prompts, negatives = pictures(5), ["blue", "red"], ["dark", "square"]
@@ -712,16 +713,17 @@ def test_callback_replaces_the_negative_text_of_references_too(negative):
         prompts,
         negative_prompt=negative,
         style_image=reference,
-        style_prompt="small",
+        style_prompt=style_prompt,
         guidance_scale=2.0,
         latents=randn(2, 3, 8, 8),
         callback_on_step_end=replace,
         callback_on_step_end_tensor_inputs=["latents", "negative_prompt_embeds"],
     )
-    style = {"encoder_hidden_states": encode("small")}
+    is_null = {"caption_dropout_mask": torch.tensor([False, style_prompt is None])}
+    style = {"encoder_hidden_states": encode("small"), "caption_dropout_mask": is_null["caption_dropout_mask"][1:]}
     inverted = inverted_states(pipe.transformer, pipe.scheduler, 2 * reference - 1, 4, **style)
     for row in (0, 1):
-        half = {"encoder_hidden_states": encode(prompts[row], "small")}
+        half = {"encoder_hidden_states": encode(prompts[row], "small"), **is_null}
         null_half = {"encoder_hidden_states": encode(negatives[row], negatives[0])}
         sample = states[0][row : row + 1]
         expected = styled_loop(pipe, sample, inverted, "euler", 1, 4, half, null_half, 2.0, 0.5)
