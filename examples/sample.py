@@ -11,7 +11,10 @@ On several GPUs, and in several processes on a CPU (they share the folder of `--
     accelerate launch --multi_gpu --num_processes 8 examples/sample.py --pipeline_path ... --output ...
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/sample.py --pipeline_path ... --output ...
 
-Noise and label of image i are functions of (seed, i) alone, so neither the batch size nor the number of processes
+A text-to-image pipeline draws the lines of a text file, given by `--prompts`. Pipelines that change an image are not for
+this script.
+
+Noise, label and prompt of image i are functions of (seed, i) alone, so neither the batch size nor the number of processes
 changes what is drawn, up to the rounding with which a device computes batches of different sizes. Beside the `.npz`,
 a `.json` of the same name has the protocol: all arguments, the scheduler, versions, commit, evaluations of the model
 and seconds for an image and, where the pipeline reports it, the share of the model's compute that ran.
@@ -52,6 +55,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="equal: image i has class i modulo the number of classes (the default); random: drawn evenly; or labels, "
         "which the images take in turn. Not for a model without classes.",
+    )
+    parser.add_argument(
+        "--prompts", help="Text file of a text-to-image pipeline, a prompt a line, which the images take in turn."
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise and of random labels. Default: 0.")
     parser.add_argument("--output", type=Path, required=True, help="The .npz file.")
@@ -106,6 +112,37 @@ def choose_labels(labels: list[str] | None, num_images: int, num_classes: int | 
     return np.resize([int(label) for label in labels], num_images)
 
 
+def choose_prompts(path: str | None, pipe: DiffusionPipeline) -> list[str] | None:
+    """
+    The prompts of the images, which take them in turn.
+
+    Args:
+        path (`str`, *optional*): text file in UTF-8, a prompt a line; empty lines do not count.
+        pipe ([`~diffusers.DiffusionPipeline`]): that draws them.
+
+    Returns:
+        `list[str]`, or `None` for a pipeline without text.
+
+    Raises:
+        `ValueError`: where a pipeline of texts has none, another one has some, or the pipeline needs an image.
+    """
+    accepted, name = inspect.signature(pipe.__call__).parameters, type(pipe).__name__
+    if "image" in accepted:
+        raise ValueError(f"{name} needs an image, and this script has none. Call the pipeline itself.")
+    if "prompt" not in accepted:
+        if path is not None:
+            raise ValueError(f"`--prompts` {path} was given, but {name} reads no text. Leave it out.")
+        return None
+    if path is None:
+        raise ValueError(f"`--prompts` is missing: {name} draws texts. Give a text file, a prompt a line.")
+    if not Path(path).is_file():
+        raise ValueError(f"`--prompts` {path} is not a file. Give a text file, a prompt a line.")
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"`--prompts` {path} is empty. Write a prompt a line.")
+    return prompts
+
+
 def optional_arguments(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict:
     """
     The arguments of a dynamic model that were asked for, and the report of its compute where there is one.
@@ -152,8 +189,9 @@ def main(args: argparse.Namespace) -> None:
     pipe = DiffusionPipeline.from_pretrained(args.pipeline_path, dtype=getattr(torch, args.dtype))
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
+    prompts = choose_prompts(args.prompts, pipe)
     num_classes = (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).config.num_classes
-    labels = choose_labels(args.labels, args.num_images, num_classes, args.seed)
+    labels = choose_labels(args.labels, args.num_images, num_classes if prompts is None else None, args.seed)
     options = optional_arguments(pipe, args)
     for folder in (args.output.parent, args.images_dir):
         if folder is not None:
@@ -165,9 +203,14 @@ def main(args: argparse.Namespace) -> None:
     images, compute_ratios, seconds = [], [], 0.0
     for indices in tqdm(batches, disable=not accelerator.is_main_process):
         start = time.perf_counter()
+        if prompts is not None:
+            conditions = {"prompt": [prompts[i % len(prompts)] for i in indices]}
+        elif labels is not None:
+            conditions = {"class_labels": labels[indices].tolist()}
+        else:
+            conditions = {"num_images_per_prompt": len(indices)}
         output = pipe(
-            class_labels=labels[indices].tolist() if labels is not None else None,
-            num_images_per_prompt=1 if labels is not None else len(indices),
+            **conditions,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=[torch.Generator().manual_seed(keyed_seed(args.seed, "sample", i)) for i in indices],
@@ -204,6 +247,7 @@ def main(args: argparse.Namespace) -> None:
             "output": str(args.output),
             "images_dir": str(args.images_dir) if args.images_dir is not None else None,
             "labels": (args.labels or ["equal"]) if labels is not None else None,
+            "prompts": prompts,
             "pipeline": type(pipe).__name__,
             "scheduler": {
                 "class": type(pipe.scheduler).__name__,

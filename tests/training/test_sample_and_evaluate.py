@@ -17,10 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from accelerate.state import AcceleratorState
 
-from diffusers_dyna import DynaDiTPipeline, DynaUNetPipeline, FlowMatchODEScheduler
+from diffusers_dyna import (
+    DynaDiTImg2ImgPipeline,
+    DynaDiTPipeline,
+    DynaDiTTextToImagePipeline,
+    DynaUNetPipeline,
+    FlowMatchODEScheduler,
+)
 from diffusers_dyna.training.data import load_digits
+from diffusers_dyna.training.randomness import keyed_seed
 
-from ..testing_utils import UNCONDITIONAL, randn, tiny_dyna_dit, tiny_unet
+from ..testing_utils import UNCONDITIONAL, randn, tiny_dyna_dit, tiny_text_encoder, tiny_tokenizer, tiny_unet
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -210,6 +217,44 @@ class TestSample:
         assert (narrow["arr_0"] != complete["arr_0"]).any()
 
     @pytest.mark.slow
+    def test_prompts(self, draw, tmp_path):
+        model = tiny_dyna_dit(in_channels=3, num_classes=None, cross_attention_dim=16)
+        pipe = DynaDiTTextToImagePipeline(
+            model, FlowMatchODEScheduler(), tiny_text_encoder(7), tiny_tokenizer(list("abc"))
+        )
+        pipe.save_pretrained(tmp_path / "text")
+        path, prompts = tmp_path / "prompts.txt", ["a b", "c", "b"]
+        path.write_text("a b\n\nc\n b\n")
+        arrays, protocol = draw(pipeline_path=tmp_path / "text", prompts=path, guidance_scale=2)
+        assert (arrays.keys(), protocol["prompts"], protocol["labels"]) == ({"arr_0"}, prompts, None)
+        generator = [torch.Generator().manual_seed(keyed_seed(0, "sample", i)) for i in range(7)]
+        images = pipe(
+            [prompts[i % 3] for i in range(7)],
+            num_inference_steps=2,
+            guidance_scale=2,
+            generator=generator,
+            output_type="np",
+        ).images
+        assert np.abs(arrays["arr_0"] / 255 - images).max() < 0.01
+        assert images.reshape(7, -1).std(axis=0).max() > 0.05
+        path.write_text("\n")
+        for options, message in (
+            ({}, "`--prompts` is missing: DynaDiTTextToImagePipeline draws texts"),
+            ({"prompts": path}, "prompts.txt is empty. Write a prompt a line"),
+            ({"prompts": tmp_path / "no.txt"}, "no.txt is not a file. Give a text file"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                draw(pipeline_path=tmp_path / "text", **options)
+
+    def test_pipelines_that_it_is_not_for(self, draw, pipeline_path, tmp_path):
+        with pytest.raises(ValueError, match="`--prompts` p.txt was given, but DynaUNetPipeline reads no text"):
+            draw(prompts="p.txt")
+        pipe = DynaDiTImg2ImgPipeline(tiny_dyna_dit(in_channels=3), FlowMatchODEScheduler())
+        pipe.save_pretrained(tmp_path / "edit")
+        with pytest.raises(ValueError, match="DynaDiTImg2ImgPipeline needs an image, and this script has none"):
+            draw(pipeline_path=tmp_path / "edit", output=tmp_path / "new" / "samples.npz")
+        assert not (tmp_path / "new").exists()
+
     def test_two_processes_draw_what_one_draws(self, draw, pipeline_path, tmp_path):
         arrays, _ = draw(images_dir=tmp_path / "one")
         output, images_dir = tmp_path / "two.npz", tmp_path / "two"
