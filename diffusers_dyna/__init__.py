@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
-from .pipelines import DynaDiTPipeline, DynaUNetPipeline
+from .pipelines import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaUNetPipeline
 from .schedulers import (
     FlowMatchODEScheduler,
     FlowMatchPath,
@@ -24,6 +24,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DYNA_DIT_CONFIGS",
     "DynaDiTPipeline",
+    "DynaDiTTextToImagePipeline",
     "DynaDiTTransformer2DModel",
     "DynaUNet2DModel",
     "DynaUNetPipeline",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-from .pipeline_dyna_dit import DynaDiTPipeline, DynaDiTPipelineOutput
+from .pipeline_dyna_dit import DynaDiTPipeline
+from .pipeline_dyna_dit_base import DynaDiTPipelineOutput
+from .pipeline_dyna_dit_text_to_image import DynaDiTTextToImagePipeline
 from .pipeline_dyna_unet import DynaUNetPipeline
 
 
-__all__ = ["DynaDiTPipeline", "DynaDiTPipelineOutput", "DynaUNetPipeline"]
+__all__ = ["DynaDiTPipeline", "DynaDiTPipelineOutput", "DynaDiTTextToImagePipeline", "DynaUNetPipeline"]

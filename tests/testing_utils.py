@@ -7,8 +7,13 @@ import math
 
 import torch
 from packaging.version import Version
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 import diffusers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from diffusers_dyna import DynaDiTTransformer2DModel, DynaUNet2DModel
 
@@ -77,14 +82,14 @@ def randomize_dit_(model: DynaDiTTransformer2DModel, seed: int = 0) -> DynaDiTTr
                 draw(parameter, 1.0, 0.3)
             elif name.endswith("bias"):
                 draw(parameter, 0.0, 0.1)
-            elif "class_embedding" in name:
+            elif "class_embedding" in name or "null_caption" in name:
                 draw(parameter, 0.0, 0.5)
             elif "pos_embed" not in name:
                 draw(parameter, 0.0, 1.5 * unit)
         draw(model.time_embedding.linear_1.weight, 0.0, 0.1)  # 256 features, about half of them with the time
         draw(model.time_embedding.linear_2.weight, 0.0, 2 * unit)
         for block in model.transformer_blocks:
-            for router in (block.attn_rate, block.mlp_rate):
+            for router in block.group_routers():
                 draw(router.weight, 0.0, 6 * unit)
                 draw(router.bias, 0.0, 2.0)
             selection = block.token_selection
@@ -183,3 +188,30 @@ EULER_KEEPS_GIVEN_TIMES = Version(diffusers.__version__) >= Version("0.42.0.dev0
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Memory of a tensor."""
     return tensor.untyped_storage().nbytes()
+
+
+def tiny_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One token a word, between [CLS] and [SEP]; [PAD] is 0 and [UNK] 1."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def tiny_text_encoder(vocab_size: int, seed: int = 0) -> BertModel:
+    """States of width 16 that differ from word to word."""
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertModel(config).eval()

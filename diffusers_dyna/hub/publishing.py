@@ -305,10 +305,41 @@ def _add_code(folder: PipelineFolder, target: Path) -> None:
         index[name] = [file.stem, cls.__name__]
 
     file = Path(inspect.getsourcefile(folder.pipeline_class))
-    source = without_package_imports(file.read_text(encoding="utf-8"), file.name)
+    source = without_package_imports(with_relative_imports_inlined(file), file.name)
     (target / "pipeline.py").write_text(source, encoding="utf-8")
     index["_class_name"] = ["pipeline", folder.pipeline_class.__name__]
     _write_json(target / "model_index.json", index)
+
+
+def with_relative_imports_inlined(file: Path) -> str:
+    """
+    Makes one file of a pipeline and the modules beside it that it imports from.
+
+    Args:
+        file (`Path`): Python file with `from .<module> import <names>` at the top level.
+
+    Returns:
+        `str`: the source, in which the content of each such module stands in the place of the import, without its
+        licence line and docstring. Imports that both have stand there twice.
+
+    Raises:
+        `ValueError`: on an import of another kind from beside the file, and on one under another name.
+    """
+    source = file.read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            if node.level > 1 or not node.module or any(alias.asname or alias.name == "*" for alias in node.names):
+                raise ValueError(
+                    f"`{file.name}` has the import {ast.unparse(node)!r}. A file that is published alone can take in a "
+                    "file beside it only, as `from .<module> import <names>`."
+                )
+            module = with_relative_imports_inlined(file.with_name(f"{node.module}.py"))
+            body = ast.parse(module).body
+            first = body[1] if ast.get_docstring(ast.parse(module)) else body[0]
+            content = module.splitlines(keepends=True)[first.lineno - 1 :]
+            lines[node.lineno - 1 : node.end_lineno] = [*content, "\n", "\n"]
+    return "".join(lines)
 
 
 def without_package_imports(source: str, file_name: str) -> str:

@@ -7,6 +7,8 @@ Hub repository.
 import math
 import struct
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +23,11 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers.models.embeddings import (
+    PixArtAlphaTextProjection,
+    Timesteps,
+    get_2d_sincos_pos_embed_from_grid,
+)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
@@ -282,6 +288,24 @@ class DynaQKVLinear(DynaLinear):
         super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
 
 
+class DynaKVLinear(DynaLinear):
+    """
+    Key and value of cross-attention in one product, each cut to the same heads. All heads come as the weights are
+    stacked, keys, then values; some of them head after head, each with its key and value.
+
+    Args:
+        in_features (`int`): width of the input.
+        dim (`int`): width of each of the two outputs.
+        num_heads (`int`): attention heads.
+        bias (`bool`, defaults to `True`): whether a bias is added.
+    """
+
+    num_stacked = 2
+
+    def __init__(self, in_features: int, dim: int, num_heads: int, bias: bool = True):
+        super().__init__(in_features, 2 * dim, num_heads, bias, dyna_dim=(False, True))
+
+
 def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
     # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
     starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 != group] + [len(groups)]
@@ -471,7 +495,10 @@ class DynaPatchEmbed(nn.Module):
 
 
 class DynaAttnProcessor:
-    """Multi-head self-attention over the tokens, of all heads or of the active ones, through diffusers' backends."""
+    """
+    Multi-head attention of the tokens to each other or to a text, of all heads or of the active ones, through
+    diffusers' backends.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -482,51 +509,172 @@ class DynaAttnProcessor:
         hidden_states: torch.Tensor,
         head_mask: torch.Tensor | None = None,
         active_heads: tuple[int, ...] | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        qkv = _run_linear(attn.qkv, hidden_states, active_heads)
-        is_cut = active_heads is not None and len(active_heads) < attn.heads
-        shape, dim = ((-1, 3, attn.head_dim), 3) if is_cut else ((3, -1, attn.head_dim), 2)
-        query, key, value = qkv.unflatten(-1, shape).unbind(dim)  # (B, N, heads, head_dim)
-        if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        ).to(query.dtype)  # (B, N, heads, head_dim)
+        if attn.is_cross_attention:
+            query = _run_linear(attn.to_q, hidden_states, active_heads).unflatten(-1, (-1, attn.head_dim))
+            key, value = attn.keys_and_values(encoder_hidden_states, active_heads) if key_value is None else key_value
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+        else:
+            query, key, value = attn.split_heads(_run_linear(attn.qkv, hidden_states, active_heads), active_heads)
+            if attn.norm_q is not None:
+                query, key = attn.norm_q(query), attn.norm_k(key)
+        hidden_states = self.attend(query, key, value, attention_mask)
         if head_mask is not None:
             hidden_states = hidden_states * head_mask[:, None, :, None].to(hidden_states.dtype)
         return _run_linear(attn.to_out[0], hidden_states.flatten(2), active_heads)
 
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            query (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the heads that are computed.
+            key (`torch.Tensor` of shape `(batch_size, num_keys, heads, head_dim)`): of the same heads.
+            value (`torch.Tensor` of shape `(batch_size, num_keys, heads, head_dim)`): of the same heads.
+            attention_mask (`torch.Tensor` of shape `(batch_size, 1, 1, num_keys)`, *optional*):
+                Boolean, False where a key is left out; or what is added to the logits. `None` is all.
+
+        Returns:
+            `torch.Tensor` with the shape of `query`.
+        """
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        ).to(query.dtype)
+
+
+class DynaSharedAttnProcessor(DynaAttnProcessor):
+    """
+    Self-attention in which samples also attend to the keys and values of a reference, with their own queries and keys
+    brought to the mean and deviation of the reference's (StyleAligned,
+    [arXiv 2312.02133](https://huggingface.co/papers/2312.02133), section 3.2).
+
+    Args:
+        references (`torch.Tensor` of shape `(batch_size,)`): for each sample the index of its reference; its own where
+            it has none. Of a smaller batch, the leading part counts.
+        strength (`float`): share of the normalisation, and factor of the attention weights of the reference; in (0, 1].
+    """
+
+    def __init__(self, references: torch.Tensor, strength: float):
+        self.references, self.strength = references, strength
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            query (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the heads that are computed.
+            key (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the same heads.
+            value (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the same heads.
+            attention_mask (`None`): self-attention has no mask.
+
+        Returns:
+            `torch.Tensor` with the shape of `query`.
+        """
+        references = self.references[: len(query)].to(query.device)
+        is_styled = references != torch.arange(len(references), device=query.device)
+        plain, styled = (mask.nonzero().squeeze(1) for mask in (~is_styled, is_styled))
+        output = torch.empty_like(query)
+        output[plain] = super().attend(query[plain], key[plain], value[plain], None)
+        references = references[styled]
+        own = [
+            torch.lerp(tensor[styled], _match_statistics(tensor[styled], tensor[references]), self.strength)
+            for tensor in (query, key)
+        ]
+        bias = None
+        if self.strength < 1:  # a logit that is larger by its logarithm has so many times the weight
+            bias = query.new_zeros(1, 1, 1, 2 * key.shape[1])
+            bias[..., key.shape[1] :] = math.log(self.strength)
+        keys, values = (
+            torch.cat([own[1], key[references]], dim=1),
+            torch.cat([value[styled], value[references]], dim=1),
+        )
+        output[styled] = super().attend(own[0], keys, values, bias)
+        return output
+
+
+def _match_statistics(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """AdaIN: mean and deviation over the tokens, dimension 1, become those of the reference."""
+    std, mean = torch.std_mean(tensor, dim=1, correction=0, keepdim=True)
+    reference_std, reference_mean = torch.std_mean(reference, dim=1, correction=0, keepdim=True)
+    return (tensor - mean) / (std + 1e-5) * reference_std + reference_mean
+
 
 class DynaAttention(nn.Module, AttentionModuleMixin):
     """
-    Self-attention whose heads can be masked or left out.
+    Self-attention, or cross-attention to a text, whose heads can be masked or left out.
 
     Args:
         dim (`int`): width of a token.
         num_heads (`int`): heads; must divide `dim`.
         qk_norm (`str`, *optional*): `"layer_norm"` or `"rms_norm"` of the queries and keys of each head.
+        cross_attention_dim (`int`, *optional*): width of the text states. `None` is self-attention.
     """
 
     _default_processor_cls = DynaAttnProcessor
-    _available_processors = [DynaAttnProcessor]
+    _available_processors = [DynaAttnProcessor, DynaSharedAttnProcessor]
     _supports_qkv_fusion = False  # they are one product already
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: str | None = None):
+    def __init__(self, dim: int, num_heads: int, qk_norm: str | None = None, cross_attention_dim: int | None = None):
         super().__init__()
         self.heads = num_heads
         self.head_dim = dim // num_heads
-        self.is_cross_attention = False
-        self.qkv = DynaQKVLinear(dim, num_heads)
+        self.is_cross_attention = cross_attention_dim is not None
+        if self.is_cross_attention:
+            self.to_q = DynaLinear(dim, dim, num_heads, dyna_dim=(False, True))
+            self.to_kv = DynaKVLinear(cross_attention_dim, dim, num_heads)
+        else:
+            self.qkv = DynaQKVLinear(dim, num_heads)
         self.norm_q = QK_NORMS[qk_norm](self.head_dim, eps=1e-6) if qk_norm else None
         self.norm_k = QK_NORMS[qk_norm](self.head_dim, eps=1e-6) if qk_norm else None
         self.to_out = nn.ModuleList([DynaLinear(dim, dim, num_heads, dyna_dim=(True, False))])
         self.set_processor(self._default_processor_cls())
+
+    def split_heads(self, stacked: torch.Tensor, active_heads: tuple[int, ...] | None) -> tuple[torch.Tensor, ...]:
+        r"""
+        Args:
+            stacked (`torch.Tensor` of shape `(batch_size, num_tokens, width)`): of a layer with stacked matrices.
+            active_heads (`tuple[int, ...]`, *optional*): the heads that it was computed for. `None` is all.
+
+        Returns:
+            `tuple` of a `torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)` for each matrix.
+        """
+        num_stacked = 2 if self.is_cross_attention else 3
+        is_cut = active_heads is not None and len(active_heads) < self.heads
+        shape, dim = ((-1, num_stacked, self.head_dim), 3) if is_cut else ((num_stacked, -1, self.head_dim), 2)
+        return stacked.unflatten(-1, shape).unbind(dim)
+
+    def keys_and_values(
+        self, encoder_hidden_states: torch.Tensor, active_heads: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, cross_attention_dim)`): text.
+            active_heads (`tuple[int, ...]`, *optional*): the only heads that are computed. `None` is all.
+
+        Returns:
+            `tuple` of keys, normalised where the layer does so, and values; both `torch.Tensor` of shape `(batch_size,
+            num_text_tokens, heads, head_dim)`.
+        """
+        key, value = self.split_heads(_run_linear(self.to_kv, encoder_hidden_states, active_heads), active_heads)
+        return key if self.norm_k is None else self.norm_k(key), value
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         head_mask: torch.Tensor | None = None,
         active_heads: tuple[int, ...] | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -534,11 +682,24 @@ class DynaAttention(nn.Module, AttentionModuleMixin):
             head_mask (`torch.Tensor` of shape `(batch_size, num_active_heads)`, *optional*):
                 Factors of the heads' outputs.
             active_heads (`tuple[int, ...]`, *optional*): the only heads that are computed. `None` is all.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, cross_attention_dim)`, *optional*):
+                The text of cross-attention.
+            attention_mask (`torch.Tensor` of shape `(batch_size, 1, 1, num_text_tokens)`, *optional*):
+                Boolean, False where a token of the text is left out. `None` is all.
+            key_value (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                Of the text, from [`keys_and_values`], of the active heads; in place of `encoder_hidden_states`.
 
         Returns:
             `torch.Tensor` with the shape of `hidden_states`.
         """
-        return self.processor(self, hidden_states, head_mask=head_mask, active_heads=active_heads)
+        text = {}
+        if self.is_cross_attention:
+            text = {
+                "encoder_hidden_states": encoder_hidden_states,
+                "attention_mask": attention_mask,
+                "key_value": key_value,
+            }
+        return self.processor(self, hidden_states, head_mask=head_mask, active_heads=active_heads, **text)
 
 
 class DynaMLP(nn.Module):
@@ -698,14 +859,15 @@ def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Ten
 @dataclass
 class _BlockDecision:
     """
-    What one block computes in the skipping form, known on the host. `heads` and `groups` list the distinct sets of the
-    batch (`None`: all), each with the indices of its samples (`None`: all of them); `token_rates`
-    is one rate for all samples or one each, and `None` where a threshold decides.
+    What one block computes in the skipping form, known on the host. `heads`, `groups` and, of a text model, `cross_heads`
+    list the distinct sets of the batch (`None`: all), each with the indices of its samples (`None`: all of them);
+    `token_rates` is one rate for all samples or one each, and `None` where a threshold decides.
     """
 
     heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
     groups: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
     token_rates: list[float] | None
+    cross_heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]] | None = None
 
     def token_counts(self, num_tokens: int) -> list[int]:
         # The float32 arithmetic of the masked form: its rates are float32, so only the product is rounded.
@@ -722,6 +884,9 @@ class _Call:
     gate_noise: torch.Tensor | None = None
     decisions: list[_BlockDecision] | None = None  # by layer
     modulations: list[torch.Tensor] | None = None  # by layer, (B, 6, D)
+    text: torch.Tensor | None = None  # (B, L, cross_attention_dim)
+    text_mask: torch.Tensor | None = None  # (B, 1, 1, L)
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of the text, by layer, all heads
 
 
 @dataclass
@@ -736,7 +901,11 @@ class _Plan:
     label_signature: tuple = ()
     label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
     modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
+    noise_level: float | None = None
     step: int | None = None
+    text: tuple = ()  # states, mask and dropout mask that keys and values were made of
+    text_signature: tuple = ()
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
 
 class DynaDiTBlock(nn.Module):
@@ -748,6 +917,9 @@ class DynaDiTBlock(nn.Module):
     `token_selection` scores the tokens after attention; a token that is not selected skips the MLP. In capacity mode
     `token_rate` gives the share of tokens that are selected, from the time embedding too.
 
+    With `cross_attention_dim`, cross-attention to a text comes after self-attention, as in PixArt-alpha
+    ([arXiv 2310.00426](https://huggingface.co/papers/2310.00426)), with heads chosen by `cross_attn_rate`.
+
     Args:
         dim (`int`): width of a token.
         num_heads (`int`): attention heads and channel groups of the MLP.
@@ -756,6 +928,7 @@ class DynaDiTBlock(nn.Module):
         layer_idx (`int`): place of the block in the model.
         qk_norm (`str`, *optional*): normalisation of queries and keys.
         mlp_norm_eps (`float`, defaults to `1e-6`): epsilon of the norm before the MLP.
+        cross_attention_dim (`int`, *optional*): width of the text states. `None` has no cross-attention.
     """
 
     def __init__(
@@ -767,6 +940,7 @@ class DynaDiTBlock(nn.Module):
         layer_idx: int,
         qk_norm: str | None = None,
         mlp_norm_eps: float = 1e-6,
+        cross_attention_dim: int | None = None,
     ):
         super().__init__()
         self.num_groups = num_heads
@@ -777,6 +951,11 @@ class DynaDiTBlock(nn.Module):
         self.modulation = DynaDenseLinear(dim, 6 * dim)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = DynaAttention(dim, num_heads, qk_norm)
+        self.norm_cross = self.cross_attn = self.cross_attn_rate = None
+        if cross_attention_dim is not None:
+            self.norm_cross = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+            self.cross_attn = DynaAttention(dim, num_heads, qk_norm, cross_attention_dim)
+            self.cross_attn_rate = DynaFloat32Linear(dim, num_heads - 1)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = DynaMLP(dim, mlp_dim, num_heads)
         self.attn_rate = DynaFloat32Linear(dim, num_heads - 1)
@@ -784,7 +963,7 @@ class DynaDiTBlock(nn.Module):
         self.token_selection = DynaTokenSelection(dim)
         self.token_rate = DynaFloat32Linear(dim, 1) if router_mode == "capacity" else None
         self._compiled = None  # `_forward_dense` and `_forward_traced`
-        self.masks = None  # of the last call with `output_masks`: heads, groups, tokens, share of tokens
+        self.masks = None  # of the last call with `output_masks`: heads, groups, text heads, tokens, share of tokens
 
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, conditioning: torch.Tensor, call: _Call
@@ -830,13 +1009,16 @@ class DynaDiTBlock(nn.Module):
         """The complete and the masked form."""
         modulation = self._modulate(conditioning)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
-        head_mask = channel_mask = None
+        masks = [None, None, None]
         active = tuple(range(call.num_active)) if call.num_active < self.num_groups else None
         if call.form != "complete":
-            head_mask, channel_mask = (mask[:, : call.num_active] for mask in self._group_masks(temb, call))
+            masks[: 2 + self.has_text] = (mask[:, : call.num_active] for mask in self._group_masks(temb, call))
+        head_mask, channel_mask, cross_mask = masks
 
         attn_output = self.attn(self.norm1(hidden_states) * scale + shift, head_mask, active)
         hidden_states = hidden_states + gate * attn_output
+        if self.has_text:
+            hidden_states = hidden_states + self._attend_to_text(hidden_states, call, active, cross_mask)
 
         if call.form != "complete":
             token_mask, token_rate = self._token_mask(hidden_states, temb, call)
@@ -846,38 +1028,72 @@ class DynaDiTBlock(nn.Module):
 
         if call.output_masks:
             if call.form == "complete":
-                head_mask = channel_mask = temb.new_ones(len(temb), call.num_active)
+                masks = [temb.new_ones(len(temb), call.num_active)] * 3
                 token_mask = temb.new_ones(hidden_states.shape[:2])
                 token_rate = token_mask.mean(dim=1)
             num_off = self.num_groups - call.num_active
-            head_mask, channel_mask = F.pad(head_mask, (0, num_off)), F.pad(channel_mask, (0, num_off))
-            self.masks = (head_mask, channel_mask, token_mask, token_rate)
+            self.masks = (*(F.pad(mask, (0, num_off)) for mask in masks[: 2 + self.has_text]), token_mask, token_rate)
         return hidden_states
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the block attends to a text."""
+        return self.cross_attn is not None
+
+    def _attend_to_text(
+        self,
+        hidden_states: torch.Tensor,
+        call: _Call,
+        active_heads: tuple[int, ...] | None,
+        head_mask: torch.Tensor | None = None,
+        rows: torch.Tensor | slice = slice(None),
+    ) -> torch.Tensor:
+        """What cross-attention adds to some samples of the batch."""
+        text_mask = None if call.text_mask is None else call.text_mask[rows]
+        text = {"encoder_hidden_states": None if call.text is None else call.text[rows]}
+        if call.keys_values is not None:
+            text = {"key_value": self._keys_and_values(call, active_heads, rows)}
+        return self.cross_attn(
+            self.norm_cross(hidden_states), head_mask, active_heads, attention_mask=text_mask, **text
+        )
+
+    def _keys_and_values(self, call: _Call, active_heads, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the text, for the active heads: prepared ones, or new ones."""
+        if call.keys_values is None:
+            return self.cross_attn.keys_and_values(call.text[rows], active_heads)
+        key, value = (states[rows] for states in call.keys_values[self.layer_idx])
+        if active_heads is None or len(active_heads) == self.num_groups:
+            return key, value
+        return _take(key, active_heads, dim=2), _take(value, active_heads, dim=2)
 
     def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
         """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
         return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
 
-    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of heads and channel groups, (B, groups) each, at full width. Without a call: as in inference."""
+    def group_routers(self) -> list[DynaFloat32Linear]:
+        """The routers of the heads, of the channel groups and, with a text, of the heads that attend to it."""
+        return [self.attn_rate, self.mlp_rate, *([self.cross_attn_rate] if self.has_text else [])]
+
+    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, ...]:
+        """Masks of what [`group_routers`] choose, (B, groups) each, at full width. Without a call: as in inference."""
         masks = []
-        num_routed = self.num_groups - 1
-        for router, first in ((self.attn_rate, 0), (self.mlp_rate, num_routed)):
+        for i, router in enumerate(self.group_routers()):
             logits = router(temb)
             if self.router_mode == "capacity":
                 gates = _capacity_gates(logits)
             else:
-                noise = self._noise(logits, call, first) if call is not None else None
+                noise = self._noise(logits, call, i * (self.num_groups - 1)) if call is not None else None
                 gates = _threshold_gates(logits, noise)
             masks.append(F.pad(gates, (1, 0), value=1.0))
-        return masks[0], masks[1]
+        return tuple(masks)
 
     def _token_mask(self, hidden_states: torch.Tensor, temb: torch.Tensor, call: _Call) -> tuple[torch.Tensor, ...]:
         """The mask of the tokens, (B, N), and the share that is on, (B,); both with gradients."""
         scores = self.token_selection(hidden_states)
         if self.router_mode == "threshold":
-            mask = _threshold_gates(scores, self._noise(scores, call, 2 * (self.num_groups - 1)))
+            first = len(self.group_routers()) * (self.num_groups - 1)
+            mask = _threshold_gates(scores, self._noise(scores, call, first))
             return mask, mask.mean(dim=1)
         rate = self._keep_rate(temb)
         mask = _capacity_token_gates(scores, rate)
@@ -912,6 +1128,11 @@ class DynaDiTBlock(nn.Module):
             for rows, heads in decision.heads:
                 attn_output = self.attn(attn_input[rows], active_heads=heads)
                 hidden_states[rows] = torch.addcmul(residual[rows], gate[rows], attn_output).to(residual.dtype)
+        for rows, heads in decision.cross_heads or ():
+            if rows is None:
+                hidden_states += self._attend_to_text(hidden_states, call, heads)
+            else:
+                hidden_states[rows] += self._attend_to_text(hidden_states[rows], call, heads, rows=rows)
 
         selected, count = self._select_tokens(hidden_states, decision)
         if len(decision.groups) == 1:
@@ -935,24 +1156,28 @@ class DynaDiTBlock(nn.Module):
             token_mask = selected.float()
         elif selected is not None:
             token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
-        head_mask, channel_mask = (self._mask_of(part, token_mask) for part in (decision.heads, decision.groups))
-        self.masks = (head_mask, channel_mask, token_mask, token_mask.mean(dim=1))
+        parts = (decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else []))
+        self.masks = (*(self._mask_of(part, token_mask) for part in parts), token_mask, token_mask.mean(dim=1))
 
     def _can_trace(self, decision: _BlockDecision, num_tokens: int) -> bool:
         """
         What runs eagerly in a compiled block: sizes of 0 and 1, which would be compiled apart, samples with decisions of
         their own, and layers whose weights are there only while they run.
         """
-        if len(decision.heads) > 1 or len(decision.groups) > 1 or len(decision.token_rates or [1]) > 1:
+        partitions = [decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else [])]
+        if max(*map(len, partitions), len(decision.token_rates or [1])) > 1:
             return False
         counts = [] if decision.token_rates is None else decision.token_counts(num_tokens)
-        if min(len(decision.heads[0][1]), len(decision.groups[0][1]), *counts) < 2:
+        if min(*(len(active) for ((_, active),) in partitions), *counts) < 2:
             return False
         return not any(_has_hooks(layer) or _has_hooks(_base_layer(layer)) for layer in self._cut_layers())
 
     def _cut_layers(self) -> tuple[nn.Module, ...]:
         """Each a [`DynaLinear`], or what an adapter or a quantiser has put in its place."""
-        return self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2
+        layers = (self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2)
+        if not self.has_text:
+            return layers
+        return (*layers, self.cross_attn.to_q, self.cross_attn.to_out[0], self.cross_attn.to_kv)
 
     def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
         """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
@@ -965,13 +1190,20 @@ class DynaDiTBlock(nn.Module):
             for tensor in (ranks, is_kept):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         (_, heads), (_, groups) = decision.heads[0], decision.groups[0]
-        layers = self._cut_layers()
+        layers, actives, text = self._cut_layers()[:6], [heads, heads, groups, groups], ()
+        if self.has_text:
+            ((_, cross_heads),) = decision.cross_heads
+            actives += [cross_heads, cross_heads]
+            key, value = (states.contiguous() for states in self._keys_and_values(call, cross_heads))
+            for tensor in (key, value):
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+            text = (key, value, call.text_mask)
         try:
-            for layer, active in zip(layers, (heads, heads, groups, groups), strict=True):
+            for layer, active in zip(layers, actives, strict=True):
                 low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
                 base_layer = _base_layer(layer)
                 base_layer._traced_weights = base_layer._dense_weights(active, low_rank)
-            hidden_states, selected = forward_traced(hidden_states, modulation, ranks, is_kept)
+            hidden_states, selected = forward_traced(hidden_states, modulation, ranks, is_kept, *text)
         finally:
             for layer in layers:
                 _base_layer(layer)._traced_weights = None
@@ -979,7 +1211,16 @@ class DynaDiTBlock(nn.Module):
             self._keep_masks(decision, hidden_states, selected if ranks is None else selected[:, :count])
         return hidden_states
 
-    def _forward_traced(self, hidden_states: torch.Tensor, modulation: torch.Tensor, ranks, is_kept):
+    def _forward_traced(
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        ranks,
+        is_kept,
+        key=None,
+        value=None,
+        text_mask=None,
+    ):
         """
         The skipping form for `torch.compile`: the new tokens, and those that were selected, of which `is_kept`, (count, 1),
         leaves some as they were.
@@ -987,6 +1228,10 @@ class DynaDiTBlock(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
         attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=COMPILED)
         hidden_states = torch.addcmul(hidden_states, gate, attn_output)
+        if key is not None:
+            hidden_states = hidden_states + self.cross_attn(
+                self.norm_cross(hidden_states), None, COMPILED, attention_mask=text_mask, key_value=(key, value)
+            )
         tokens, selected, indices = hidden_states, None, None
         if ranks is not None:
             scores = self.token_selection(hidden_states)
@@ -1086,20 +1331,24 @@ class DynaDiTTransformer2DModelOutput(Transformer2DModelOutput):
         token_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_tokens)`): 1 where a token took the MLP.
         compute_ratio (`torch.Tensor` of shape `(batch_size,)`):
             Multiply-accumulates of the blocks over those of the complete model's blocks, in [0, 1]. In training it
-            carries the gradient of the budget to the routers.
+            carries the gradient of the budget to the routers. The keys and values of a text count in neither.
+        cross_attn_masks (`torch.Tensor` of shape `(batch_size, num_layers, num_attention_heads)`, *optional*):
+            1 where a head that attends to the text was on. `None` for a model without text.
     """
 
     attn_masks: torch.Tensor | None = None
     mlp_masks: torch.Tensor | None = None
     token_masks: torch.Tensor | None = None
     compute_ratio: torch.Tensor | None = None
+    cross_attn_masks: torch.Tensor | None = None
 
 
 class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
     r"""
     A diffusion transformer (DiT, [arXiv 2212.09748](https://huggingface.co/papers/2212.09748)) whose compute follows
     timestep and token (DyDiT, [arXiv 2410.03456](https://huggingface.co/papers/2410.03456)), unconditional or
-    conditioned on a class.
+    conditioned on a class, on a text by cross-attention (PixArt-alpha,
+    [arXiv 2310.00426](https://huggingface.co/papers/2310.00426)), and on images in further input channels.
 
     It runs in three forms. `complete_model=True` is the static model. In training, and wherever gradients are recorded,
     everything is computed and masked (**masked**), with straight-through gradients to the routers. In evaluation mode
@@ -1142,6 +1391,19 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         downscale_freq_shift (`float`, defaults to `0`):
             0 for DiT's frequencies, 10000 ** (-i / 128); 1 for those of diffusers' DiT, 10000 ** (-i / 127).
         mlp_norm_eps (`float`, defaults to `1e-6`): epsilon of the norm before the MLP; the others have 1e-6.
+        condition_channels (`int`, defaults to `0`):
+            Channels of the input after those of the noisy sample: a mask, a masked or a small image.
+        cross_attention_dim (`int`, *optional*):
+            Width of the text states that the keys and values of cross-attention are made of. `None` has no text.
+        caption_channels (`int`, *optional*):
+            Width of `encoder_hidden_states`, that of the text encoder; Linear, GELU (tanh), Linear project them to
+            `cross_attention_dim`. `None` where they have that width already.
+        caption_dropout_prob (`float`, defaults to `0.1`):
+            Share of captions replaced by a learned null caption in training mode, for classifier-free guidance. At 0
+            there is none. Without effect on a model without text.
+        noise_level_conditioning (`bool`, defaults to `False`):
+            Whether the noise level of an image among the condition channels is an input of its own, as in cascaded
+            diffusion ([arXiv 2106.15282](https://huggingface.co/papers/2106.15282), section 4). Routers do not see it.
 
     Raises:
         `ValueError`: where the sizes do not fit together or a mode is unknown.
@@ -1150,8 +1412,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DynaDiTBlock"]
     _repeated_blocks = ["DynaDiTBlock"]
-    _router_modules = ["attn_rate", "mlp_rate", "token_rate", "token_selection"]
-    _keep_in_fp32_modules = ["time_embedding", "class_embedding", *_router_modules]
+    _router_modules = ["attn_rate", "mlp_rate", "cross_attn_rate", "token_rate", "token_selection"]
+    _keep_in_fp32_modules = ["time_embedding", "class_embedding", "noise_level_embedding", *_router_modules]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", *_keep_in_fp32_modules]
 
     @register_to_config
@@ -1173,6 +1435,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         timestep_shift: float = 0.0,
         downscale_freq_shift: float = 0,
         mlp_norm_eps: float = 1e-6,
+        condition_channels: int = 0,
+        cross_attention_dim: int | None = None,
+        caption_channels: int | None = None,
+        caption_dropout_prob: float = 0.1,
+        noise_level_conditioning: bool = False,
     ):
         super().__init__()
         sizes = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -1184,16 +1451,32 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         qk_norm = "layer_norm" if qk_norm is True else qk_norm or None
 
-        self.pos_embed = DynaPatchEmbed((height // patch_size, width // patch_size), patch_size, in_channels, dim)
+        self.pos_embed = DynaPatchEmbed(
+            (height // patch_size, width // patch_size), patch_size, in_channels + condition_channels, dim
+        )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
         self.time_embedding = DynaTimestepEmbedding(256, dim)
         self.class_embedding = None
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
+        self.noise_level_embedding = DynaTimestepEmbedding(256, dim) if noise_level_conditioning else None
+        self.null_caption = self.caption_projection = None
+        if cross_attention_dim is not None:
+            if caption_dropout_prob > 0:
+                self.null_caption = nn.Embedding(1, caption_channels or cross_attention_dim)
+            if caption_channels is not None:
+                self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
         self.transformer_blocks = nn.ModuleList(
             [
                 DynaDiTBlock(
-                    dim, num_attention_heads, round(dim * mlp_ratio), router_mode, layer_idx, qk_norm, mlp_norm_eps
+                    dim,
+                    num_attention_heads,
+                    round(dim * mlp_ratio),
+                    router_mode,
+                    layer_idx,
+                    qk_norm,
+                    mlp_norm_eps,
+                    cross_attention_dim,
                 )
                 for layer_idx in range(num_layers)
             ]
@@ -1239,8 +1522,19 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 f"`num_classes`={config.num_classes} must be at least 1, or None for an unconditional model."
             )
-        if not 0 <= config.class_dropout_prob <= 1:
-            raise ValueError(f"`class_dropout_prob`={config.class_dropout_prob} must be in [0, 1].")
+        for name in ("class_dropout_prob", "caption_dropout_prob"):
+            if not 0 <= config[name] <= 1:
+                raise ValueError(f"`{name}`={config[name]} must be in [0, 1].")
+        if config.condition_channels < 0:
+            raise ValueError(f"`condition_channels`={config.condition_channels} must be at least 0.")
+        for name in ("cross_attention_dim", "caption_channels"):
+            if config[name] is not None and config[name] < 1:
+                raise ValueError(f"`{name}`={config[name]} must be at least 1, or None.")
+        if config.caption_channels is not None and config.cross_attention_dim is None:
+            raise ValueError(
+                f"`caption_channels`={config.caption_channels} needs `cross_attention_dim`, the width that captions are "
+                "projected to."
+            )
         if config.qk_norm not in (None, True, False, *QK_NORMS):
             raise ValueError(
                 f"`qk_norm`={config.qk_norm!r} is unknown. Use one of {', '.join(map(repr, QK_NORMS))}, or None."
@@ -1258,11 +1552,20 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
-        embeddings = [self.time_embedding.linear_1, self.time_embedding.linear_2, self.class_embedding]
+        embeddings = [
+            self.time_embedding.linear_1,
+            self.time_embedding.linear_2,
+            self.class_embedding,
+            self.null_caption,
+        ]
         for module in embeddings:
             if module is not None:
                 nn.init.normal_(module.weight, std=0.02)
-        for linear in [*(block.modulation for block in self._blocks), self.norm_out.linear, self.proj_out]:
+        zeros = [*(block.modulation for block in self._blocks), self.norm_out.linear, self.proj_out]
+        zeros += [block.cross_attn.to_out[0] for block in self._blocks if block.has_text]
+        if self.noise_level_embedding is not None:
+            zeros.append(self.noise_level_embedding.linear_2)
+        for linear in zeros:
             nn.init.zeros_(linear.weight)
         for block in self._blocks:
             self.initialize_routers(block)
@@ -1278,7 +1581,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         # In capacity mode a quarter of a group is missing from the sum, and the sum is rounded.
         odds = 4 * (block.num_groups - 1) - 1  # p = 1 - 0.25 / (groups - 1)
         bias = 15.0 if is_threshold else GATE_TEMPERATURE * math.log(odds)
-        for router in (block.attn_rate, block.mlp_rate):
+        for router in block.group_routers():
             nn.init.zeros_(router.weight)
             nn.init.constant_(router.bias, bias)
         nn.init.constant_(block.token_selection.linear_2.bias, 35.0 if is_threshold else 0.0)
@@ -1290,6 +1593,22 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def null_class_label(self) -> int | None:
         """The label of the null class, `num_classes`, or `None` for a model that has none."""
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+
+    @property
+    def has_null_caption(self) -> bool:
+        """Whether the model has a learned null caption, for guidance by text."""
+        return self.null_caption is not None
+
+    def gate_noise_size(self, num_tokens: int) -> int:
+        """
+        Args:
+            num_tokens (`int`): tokens of an image.
+
+        Returns:
+            `int`: uniform numbers for the gates of one layer and sample, see `gate_noise` of `forward`.
+        """
+        num_routers = 2 if self.config.cross_attention_dim is None else 3
+        return num_routers * (self.config.num_attention_heads - 1) + num_tokens
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that decide what is computed, by name; everything else is the complete model's."""
@@ -1345,6 +1664,44 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         for layer in self._dynamic_layers():
             layer.width_mult = width_mult
 
+    @contextmanager
+    def share_attention(self, references: Sequence[int], strength: float = 1.0) -> Iterator[None]:
+        """
+        Within the block, samples also attend to the self-attention keys and values of a reference in their batch, whose
+        style they take: StyleAligned ([arXiv 2312.02133](https://huggingface.co/papers/2312.02133), section 3.2). It goes
+        with heads that are left out, and the processors that were there come back at its end.
+
+        Args:
+            references (`Sequence[int]`):
+                For each sample of the batch the index of its reference, its own index where it has none. A smaller batch
+                takes the leading part.
+            strength (`float`, defaults to `1.0`):
+                In [0, 1]: how far the queries and keys move to the mean and deviation of the reference's, and what the
+                attention weights of its keys are multiplied by. 0 changes nothing.
+
+        Raises:
+            `ValueError`: on an index outside of the batch, or a strength outside of [0, 1].
+        """
+        references = torch.as_tensor(references)
+        if not bool(((references >= 0) & (references < len(references))).all()):
+            raise ValueError(
+                f"`references`={references.tolist()} must be indices of the {len(references)} samples that it has."
+            )
+        if not 0 <= strength <= 1:
+            raise ValueError(f"`strength`={strength} must be in [0, 1]; 0 changes nothing.")
+        layers = [block.attn for block in self._blocks] if strength > 0 else []
+        processors = [layer.processor for layer in layers]
+        try:
+            for layer, processor in zip(layers, processors, strict=True):
+                shared = DynaSharedAttnProcessor(references, strength)
+                shared._attention_backend = processor._attention_backend
+                shared._parallel_config = processor._parallel_config
+                layer.set_processor(shared)
+            yield
+        finally:
+            for layer, processor in zip(layers, processors, strict=True):
+                layer.set_processor(processor)
+
     _CANNOT_CUT = (
         "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
         "plain LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
@@ -1362,10 +1719,15 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return_dict: bool = True,
         class_dropout_mask: torch.Tensor | None = None,
         gate_noise: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        caption_dropout_mask: torch.Tensor | None = None,
+        noise_level: torch.Tensor | float | None = None,
     ) -> DynaDiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         r"""
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): noisy samples.
+            hidden_states (`torch.Tensor` of shape `(batch_size, in_channels + condition_channels, height, width)`):
+                Noisy samples, and after them what else the model is given as an image.
             timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, `float` or `int`):
                 Flow time in [0, 1000], 1000 is pure noise; or the step of a discrete diffusion schedule.
             class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
@@ -1381,32 +1743,59 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 `class_dropout_prob` in training mode and drops nothing in evaluation mode.
             gate_noise (`torch.Tensor` of shape `(batch_size, num_layers, gate_noise_size)`, *optional*):
                 Uniform numbers in (0, 1) for the gates of `router_mode="threshold"` in training mode, heads first, then
-                channel groups, then tokens: `gate_noise_size` = 2 * (`num_attention_heads` - 1) + number of tokens.
-                `None` draws them.
+                channel groups, then, in a text model, heads that attend to it, then tokens: [`gate_noise_size`] =
+                2 or 3 * (`num_attention_heads` - 1) + number of tokens. `None` draws them.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, caption_channels)`, *optional*):
+                States of the captions from the text encoder; of width `cross_attention_dim` where `caption_channels` is
+                `None`. `None` on a model with a null caption means the null caption for all.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, num_text_tokens)`, *optional*):
+                Boolean, True where a token of the text counts. `None` is all, which more attention backends take.
+            caption_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Boolean, True where the caption is replaced by the null caption. `None` draws it with
+                `caption_dropout_prob` in training mode and drops nothing in evaluation mode.
+            noise_level (`torch.Tensor` of shape `(batch_size,)` or `()`, or `float`, *optional*):
+                Of the image among the condition channels, in [0, 1000], in units of `timestep`; needed by a model with
+                `noise_level_conditioning`.
 
         Returns:
             [`DynaDiTTransformer2DModelOutput`] with `sample` of shape `(batch_size, out_channels, height, width)`, or a
             tuple of its fields that are set.
 
         Raises:
-            `ValueError`: on a size, timestep or label that does not fit the model.
+            `ValueError`: on a size, timestep, label or text that does not fit the model.
         """
         batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs)
         timestep = self._prepare_timestep(timestep, batch_size, hidden_states.device)
         labels = self._prepare_class_labels(
             class_labels, class_dropout_mask, batch_size, hidden_states.device, may_drop=self.training
         )
+        text = (encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        self._check_text(*text, batch_size)
+        given_level, noise_level = (
+            noise_level,
+            self._prepare_noise_level(noise_level, batch_size, hidden_states.device),
+        )
         dtype = hidden_states.dtype
 
         # 1. Patches, time and class
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         self._check_gate_noise(gate_noise, hidden_states.shape)
-        temb, embedding = self._embed(timestep, labels)
+        temb, embedding = self._embed(timestep, labels, noise_level)
         conditioning = F.silu(embedding).to(dtype)
 
-        # 2. Blocks
+        # 2. Text and blocks
         given_labels = class_labels if class_dropout_mask is None else None
-        call = self._prepare_call(temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise)
+        call = self._prepare_call(
+            temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise, given_level
+        )
+        num_text_tokens = 0
+        if self.config.cross_attention_dim is not None:
+            num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+            if call.form == "skipping":
+                call.keys_values = self._find_keys_values(text, batch_size)
+            call.text, call.text_mask = self._prepare_text(
+                *text, batch_size, hidden_states, is_prepared=call.keys_values is not None
+            )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
@@ -1414,7 +1803,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 hidden_states = block(hidden_states, temb, conditioning, call)
 
         # 3. Pixels of the patches
-        masks = self._collect_masks(hidden_states) if output_masks else ()
+        masks = self._collect_masks(hidden_states, num_text_tokens) if output_masks else ()
         hidden_states = self.norm_out(hidden_states, embedding)
         hidden_states = self.proj_out(hidden_states)
         patch_size = self.config.patch_size
@@ -1482,13 +1871,20 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     @apply_forward_hook
     @torch.no_grad()
     def prepare_timesteps(
-        self, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None, max_plan_bytes: int = 2**30
+        self,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        max_plan_bytes: int = 2**30,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        caption_dropout_mask: torch.Tensor | None = None,
+        noise_level: float | None = None,
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
-        for every pair of timestep and label, and memory for each layer's cut weights, in which a step replaces only the
-        heads and groups that change. A call at another timestep or label is right too, only not prepared, unless [`set_plan_step`]
-        says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread and one
+        for every pair of timestep and label, the keys and values of the text, and memory for each layer's cut weights,
+        in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
+        level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread and one
         stream.
 
         What was prepared is dropped where weights, dtype, device or width change, and by a call in training mode or with
@@ -1500,17 +1896,27 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Labels of these calls, null labels included. `None` prepares no modulations for a conditional model.
             max_plan_bytes (`int`, defaults to `2**30`):
-                Memory for modulations and cut weights. What does not fit is computed in the call.
+                Memory for modulations, the text and cut weights. What does not fit is computed in the call.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, caption_channels)`, *optional*):
+                Text of these calls, which are given these very tensors, or views of a leading part of their batch.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, num_text_tokens)`, *optional*): as above.
+            caption_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): as above.
+            noise_level (`float`, *optional*):
+                Noise level of these calls. `None` prepares no modulations for a model with `noise_level_conditioning`.
 
         Raises:
-            `ValueError`: on timesteps of another shape, or a label out of range.
+            `ValueError`: on timesteps of another shape, a label out of range, or a text that does not fit.
         """
         self.clear_plan()
         self._check_timesteps(timesteps)
+        text = (encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        text_batch = 1 if encoder_hidden_states is None else len(encoder_hidden_states)
+        if encoder_hidden_states is not None:
+            self._check_text(*text, text_batch)
         blocks = self._blocks
         routers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         for block in blocks:
-            routers += [block.attn_rate, block.mlp_rate] + ([] if block.token_rate is None else [block.token_rate])
+            routers += block.group_routers() + ([] if block.token_rate is None else [block.token_rate])
         # What can change without a trace, as the strength of an adapter or a weight made in inference mode, has its
         # decisions taken in each call.
         if not all(type(router) is DynaFloat32Linear and not router.weight.is_inference() for router in routers):
@@ -1530,6 +1936,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         ) and not any(map(_has_hooks, blocks))
         is_plain = is_plain and type(self.class_embedding) in (nn.Embedding, type(None))
         is_plain = is_plain and not torch.is_autocast_enabled(device.type)
+        has_level = self.config.noise_level_conditioning
+        if has_level and noise_level is not None:
+            level = self._prepare_noise_level(noise_level, 1, times.device)
+        is_plain = is_plain and (not has_level or noise_level is not None)
         if is_plain and (class_labels is not None or self.class_embedding is None):
             labels = None
             if class_labels is not None:
@@ -1545,14 +1955,29 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 embedding = temb[:, None]
                 if labels is not None:
                     embedding = embedding + self.class_embedding(distinct).to(temb)
+                if has_level:
+                    embedding = embedding + self.noise_level_embedding(self.time_proj(level))
+                    plan.noise_level = noise_level
                 conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
                 plan.modulations = [block._modulate(conditioning) for block in blocks]
                 plan.cut_weights.num_bytes = num_bytes
                 if labels is not None:
                     plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
                     plan.label_rows = rows
-        plan.cut_weights.admit(self._count_slots(decisions))
-        plan.signature = self._plan_signature(bool(plan.modulations))
+        if self.config.cross_attention_dim is not None and self._can_prepare_text(encoder_hidden_states):
+            num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+            dtype = blocks[0].cross_attn.to_kv.weight.dtype
+            rows = sum(block.cross_attn.to_kv.out_features for block in blocks)
+            num_bytes = text_batch * num_text_tokens * rows * dtype.itemsize
+            if plan.cut_weights.num_bytes + num_bytes <= max_plan_bytes:
+                like = torch.empty(0, dtype=dtype, device=times.device)
+                states, _ = self._prepare_text(*text, text_batch, like)
+                every = tuple(range(self.config.num_attention_heads))  # whatever the width
+                plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in blocks]
+                plan.text, plan.text_signature = text, _signature(text)
+                plan.cut_weights.num_bytes += num_bytes
+        plan.cut_weights.admit(self._count_slots(decisions, with_text=not plan.keys_values))
+        plan.signature = self._plan_signature(plan)
         self._plan = plan
         for layer in self._dynamic_layers():
             layer._cut_weights = plan.cut_weights
@@ -1560,22 +1985,47 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def _dynamic_layers(self) -> list[DynaLinear]:
         return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
 
-    def _count_slots(self, decisions: list[list[_BlockDecision]]) -> dict[DynaLinear, int]:
+    def _can_prepare_text(self, encoder_hidden_states: torch.Tensor | None) -> bool:
+        """Whether keys and values of the text hang on nothing but weights that the plan's signature sees."""
+        if encoder_hidden_states is None and self.null_caption is None:
+            return False
+        layers = [block.cross_attn.to_kv for block in self._blocks]
+        if self.caption_projection is not None:
+            layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
+        is_plain = all(
+            type(layer) in (nn.Linear, DynaKVLinear)
+            and type(layer.weight.data) is torch.Tensor
+            and not _has_hooks(layer)
+            for layer in layers
+        )
+        hooked = (self.caption_projection, self.null_caption, *self._blocks)
+        is_plain = is_plain and not any(_has_hooks(module) for module in hooked if module is not None)
+        return is_plain and not torch.is_autocast_enabled(layers[0].weight.device.type)
+
+    def _count_slots(self, decisions: list[list[_BlockDecision]], with_text: bool) -> dict[DynaLinear, int]:
         """The groups of the largest set that each layer has to be cut to in a trajectory."""
         num_slots = {}
         for block, *steps in zip(self._blocks, *decisions, strict=True):
             if _has_hooks(block):  # its weights are elsewhere between the calls
                 continue
-            for kind, owner in (("heads", block.attn), ("groups", block.mlp)):
+            owners = {"heads": block.attn, "groups": block.mlp}
+            if block.has_text:
+                owners["cross_heads"] = block.cross_attn
+            for kind, owner in owners.items():
                 counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
                 for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
+                    if isinstance(layer, DynaKVLinear) and not with_text:
+                        continue
                     # In a compiled block there is one layout, for all groups too.
                     is_cut = block._compiled is not None and layer._is_rearranged()
                     num_slots[layer] = max((n for n in counts if is_cut or n < block.num_groups), default=0)
         return num_slots
 
     def predict_compute_ratio(
-        self, timesteps: torch.Tensor, sample_size: int | tuple[int, int] | None = None
+        self,
+        timesteps: torch.Tensor,
+        sample_size: int | tuple[int, int] | None = None,
+        num_text_tokens: int | None = None,
     ) -> torch.Tensor:
         """
         The compute ratio at given times, which in capacity mode is known before a call and the same for every image.
@@ -1583,12 +2033,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Args:
             timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
             sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
+            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
 
         Returns:
             `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
 
         Raises:
-            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or a size that do not fit.
+            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or sizes that do not fit.
         """
         if self.config.router_mode != "capacity":
             raise ValueError(
@@ -1597,15 +2048,19 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             )
         self._check_timesteps(timesteps)
         num_tokens = self._num_tokens(sample_size)
-        attn_macs, mlp_macs = self._block_macs(num_tokens)
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
         num_active, ratio = self._num_active_groups(), 0.0
         with torch.no_grad():
             temb, _ = self._embed(timesteps.float(), None)
             for block in self._blocks:
-                attn, mlp = (mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb))
+                attn, mlp, *cross = (
+                    mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb)
+                )
                 tokens = (block._keep_rate(temb).clamp(max=1) * num_tokens).round() / num_tokens
                 ratio = ratio + attn_macs * attn + mlp_macs * mlp * tokens
-        return ratio / (len(self._blocks) * (attn_macs + mlp_macs))
+                for macs, share in zip(cross_macs, cross, strict=True):
+                    ratio = ratio + macs * share
+        return ratio / (len(self._blocks) * (attn_macs + mlp_macs + sum(cross_macs)))
 
     def set_plan_step(self, step: int | None) -> None:
         """
@@ -1648,32 +2103,41 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         self,
         sample_size: int | tuple[int, int] | None = None,
         masks: DynaDiTTransformer2DModelOutput | None = None,
+        num_text_tokens: int | None = None,
     ) -> dict[str, float]:
         """
         Multiply-accumulates of one sample in one call. `blocks` counts attention and MLPs, the denominator and numerator
-        of `compute_ratio`; `total` counts every matrix product and convolution, the routers of a dynamic call included.
+        of `compute_ratio`; `total` counts every matrix product and convolution, the routers of a dynamic call included,
+        and what a prepared trajectory does once (modulations, keys and values of the text) as well.
 
         Args:
             sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
             masks ([`DynaDiTTransformer2DModelOutput`], *optional*):
                 Output with masks of a dynamic call, over whose samples the mean is taken; the total is that of the
                 skipping form. `None` is a call with `complete_model=True`, at the current width.
+            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
 
         Returns:
             `dict` with `"blocks"` and `"total"`.
 
         Raises:
-            `ValueError`: where the patch size does not divide the size, or the masks are of another size.
+            `ValueError`: where the patch size does not divide the size, the masks are of another size, or the length of
+                the text is missing.
         """
         config, num_tokens = self.config, self._num_tokens(sample_size)
         dim = config.num_attention_heads * config.attention_head_dim
-        attn_macs, mlp_macs = self._block_macs(num_tokens)
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
         patch_values = config.patch_size**2 * num_tokens * dim
-        total = patch_values * (config.in_channels + self.out_channels)
+        total = patch_values * (config.in_channels + config.condition_channels + self.out_channels)
         total += 256 * dim + dim**2 + (6 * config.num_layers + 2) * dim**2  # time, modulations
+        total += config.noise_level_conditioning * (256 * dim + dim**2)
+        if cross_macs:
+            text_dim, width = config.cross_attention_dim, config.caption_channels
+            total += num_text_tokens * 2 * dim * text_dim * config.num_layers
+            total += num_text_tokens * (width * text_dim + text_dim**2) if width is not None else 0
         if masks is None:
             share = self._num_active_groups() / config.num_attention_heads
-            blocks = config.num_layers * share * (attn_macs + mlp_macs)
+            blocks = config.num_layers * share * (attn_macs + mlp_macs + sum(cross_macs))
             return {"blocks": blocks, "total": blocks + total}
 
         if masks.token_masks is None or masks.token_masks.shape[2] != num_tokens:
@@ -1683,8 +2147,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             )
         attn_share = masks.attn_masks.detach().float().mean(dim=2)  # (B, L)
         mlp_share = masks.mlp_masks.detach().float().mean(dim=2) * masks.token_masks.detach().float().mean(dim=2)
-        blocks = (attn_macs * attn_share + mlp_macs * mlp_share).sum(dim=1).mean().item()
-        routers = 2 * dim * (config.num_attention_heads - 1)
+        spent = attn_macs * attn_share + mlp_macs * mlp_share
+        if cross_macs:
+            spent = spent + cross_macs[0] * masks.cross_attn_masks.detach().float().mean(dim=2)
+        blocks = spent.sum(dim=1).mean().item()
+        routers = len(self._blocks[0].group_routers()) * dim * (config.num_attention_heads - 1)
         is_capacity = config.router_mode == "capacity"
         selection = num_tokens * sum(p.numel() for p in self._blocks[0].token_selection.parameters() if p.ndim == 2)
         # Where the rate keeps all tokens they need no scores.
@@ -1706,24 +2173,41 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 "one tensor."
             )
 
-    def _block_macs(self, num_tokens: int) -> tuple[int, int]:
-        """Multiply-accumulates of attention (score products included) and of the MLP of one complete block."""
+    def _block_macs(self, num_tokens: int, num_text_tokens: int | None) -> tuple[int, ...]:
+        """
+        Multiply-accumulates of one complete block: attention (score products included), MLP and, of a text model,
+        attention to the text without its keys and values, which a trajectory computes once.
+        """
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         attn_macs = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
-        return attn_macs, 2 * num_tokens * dim * round(dim * self.config.mlp_ratio)
+        mlp_macs = 2 * num_tokens * dim * round(dim * self.config.mlp_ratio)
+        if self.config.cross_attention_dim is None:
+            return attn_macs, mlp_macs
+        if num_text_tokens is None:
+            raise ValueError(
+                "`num_text_tokens` must be given: what attention to the text costs hangs on the text's length."
+            )
+        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_text_tokens * dim
 
-    def _embed(self, timestep: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The time embedding, for the routers, and its sum with the class embedding; float32, (B, D) each."""
+    def _embed(
+        self, timestep: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The time embedding, for the routers, and its sum with those of class and noise level; float32, (B, D) each."""
         temb = self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
-        if labels is None:
-            return temb, temb
-        return temb, temb + self.class_embedding(labels).to(temb)
+        embedding = temb
+        if labels is not None:
+            embedding = embedding + self.class_embedding(labels).to(temb)
+        if noise_level is not None:
+            embedding = embedding + self.noise_level_embedding(self.time_proj(noise_level))
+        return temb, embedding
 
     def _num_active_groups(self) -> int:
         num_heads = self.config.num_attention_heads
         return round_to_nearest(num_heads, self._width_mult, num_heads)
 
-    def _prepare_call(self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise) -> _Call:
+    def _prepare_call(
+        self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise, noise_level
+    ) -> _Call:
         call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
         if call.num_active < self.config.num_attention_heads and not self._can_cut():
             raise ValueError(self._CANNOT_CUT)
@@ -1740,11 +2224,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         plan, step = self._find_step(timestep)
         if complete_model:
             active = None if call.num_active == self.config.num_attention_heads else tuple(range(call.num_active))
-            call.decisions = [_BlockDecision([(None, active)], [(None, active)], [1.0])] * len(self._blocks)
+            everything = [(None, active)]
+            cross_heads = None if self.config.cross_attention_dim is None else everything
+            call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
         else:
             call.decisions = self._decide(temb) if step is None else plan.decisions[step]
         if step is not None:
-            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb))
+            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
         call.form = "skipping"
         return call
 
@@ -1761,31 +2247,43 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
             rows.append(torch.cat(masks, dim=1))
         decisions = []
-        for layer in torch.stack(rows).tolist():  # (L, B, 2 * groups (+ 1))
-            heads, groups, rates = [], [], []
-            for row in layer:
-                heads.append(tuple(i for i in range(num_active) if row[i]))
-                groups.append(tuple(i for i in range(num_active) if row[num_groups + i]))
-                rates += row[2 * num_groups :]
+        num_routers = len(self._blocks[0].group_routers())
+        for layer in torch.stack(rows).tolist():  # (L, B, num_routers * groups (+ 1))
+            sets = [
+                [tuple(i for i in range(num_active) if row[first + i]) for row in layer]
+                for first in range(0, num_routers * num_groups, num_groups)
+            ]
+            rates = [rate for row in layer for rate in row[num_routers * num_groups :]]
             if one_row_a_step:
-                heads, groups = (_keep_places(sets, num_groups) for sets in (heads, groups))
-                steps = zip(heads, groups, rates or [None] * len(heads), strict=True)
+                sets = [_keep_places(of_steps, num_groups) for of_steps in sets]
                 decisions.append(
-                    [_BlockDecision([(None, h)], [(None, g)], None if r is None else [r]) for h, g, r in steps]
+                    [
+                        _BlockDecision([(None, heads)], [(None, groups)], rate, *([(None, c)] for c in cross_heads))
+                        for rate, heads, groups, *cross_heads in zip(
+                            [[rate] for rate in rates] or [None] * len(layer), *sets, strict=True
+                        )
+                    ]
                 )
             else:
                 rates = rates[:1] if len(set(rates)) == 1 else rates
-                heads, groups = _partition(heads, temb.device), _partition(groups, temb.device)
-                decisions.append(_BlockDecision(heads, groups, rates or None))
+                heads, groups, *cross_heads = (_partition(of_samples, temb.device) for of_samples in sets)
+                decisions.append(_BlockDecision(heads, groups, rates or None, *cross_heads))
         return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
 
-    def _plan_signature(self, with_modulations: bool) -> tuple:
-        """Changes with whatever the decisions, and where there are any the modulations, were computed from."""
+    def _plan_signature(self, plan: _Plan) -> tuple:
+        """Changes with whatever the decisions and, where there are any, modulations and text were computed from."""
         layers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         for block in self._blocks:
-            layers += [block.attn_rate, block.mlp_rate, block.token_rate]
-        if with_modulations:
+            layers += [*block.group_routers(), block.token_rate]
+        if plan.modulations:
             layers += [self.class_embedding, *(block.modulation for block in self._blocks)]
+            if self.noise_level_embedding is not None:
+                layers += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
+        if plan.keys_values:
+            layers += [self.null_caption, *(block.cross_attn.norm_k for block in self._blocks)]
+            layers += [block.cross_attn.to_kv for block in self._blocks]
+            if self.caption_projection is not None:
+                layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
         layers = [layer for layer in layers if layer is not None]
         tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
         modes = tuple(block.router_mode for block in self._blocks)
@@ -1795,7 +2293,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         plan = self._plan
         if plan is None:
             return None, None
-        if plan.signature != self._plan_signature(bool(plan.modulations)):
+        if plan.signature != self._plan_signature(plan):
             self.clear_plan()
             return None, None
         if plan.step is not None and (
@@ -1808,9 +2306,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return None, None
 
     def _find_modulations(
-        self, plan: _Plan, step: int, class_labels, labels, batch_size: int
+        self, plan: _Plan, step: int, class_labels, labels, batch_size: int, noise_level
     ) -> list[torch.Tensor] | None:
         if not plan.modulations:
+            return None
+        if torch.is_tensor(noise_level) or noise_level != plan.noise_level:
             return None
         if labels is None:
             return [modulation[step].expand(batch_size, -1, -1) for modulation in plan.modulations]
@@ -1824,21 +2324,46 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return None
         return [modulation[step][rows] for modulation in plan.modulations]
 
-    def _collect_masks(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Masks of heads, groups and tokens by layer, and the compute ratio. A block that did not run was off."""
+    def _find_keys_values(self, text: tuple, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """What was prepared for a text, which is found by its memory: the tensors, or leading parts of their batch."""
+        plan = self._plan
+        if plan is None or not plan.keys_values or _signature(plan.text) != plan.text_signature:
+            return None
+        for tensor, prepared in zip(text, plan.text, strict=True):
+            if (tensor is None) != (prepared is None):
+                return None
+            if tensor is not None and (
+                len(tensor) > len(prepared)
+                or _signature([tensor]) != _signature([prepared])
+                or tensor.shape[1:] != prepared.shape[1:]
+                or tensor.stride() != prepared.stride()
+            ):
+                return None
+        if text[0] is None:  # the null caption for all
+            return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
+        return [tuple(states[:batch_size] for states in pair) for pair in plan.keys_values]
+
+    def _collect_masks(self, hidden_states: torch.Tensor, num_text_tokens: int) -> tuple[torch.Tensor, ...]:
+        """
+        Masks of heads, groups and tokens by layer, the compute ratio, and the masks of the heads that attend to the text
+        where there is one. A block that did not run was off.
+        """
         batch_size, num_tokens = hidden_states.shape[:2]
         num_groups = self.config.num_attention_heads
-        attn_macs, mlp_macs = self._block_macs(num_tokens)
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
         off = hidden_states.new_zeros(batch_size, num_groups + num_tokens, dtype=torch.float32)
         layers = []
         for block in self._blocks:
-            ran = (off[:, :num_groups], off[:, :num_groups], off[:, num_groups:], off[:, 0])
+            num_routers = len(block.group_routers())
+            ran = (*[off[:, :num_groups]] * num_routers, off[:, num_groups:], off[:, 0])
             if block.masks is not None:
                 ran, block.masks = block.masks, None
             layers.append(ran)
-        attn, mlp, tokens, token_rate = (torch.stack(masks, dim=1) for masks in zip(*layers, strict=True))
+        attn, mlp, *cross, tokens, token_rate = (torch.stack(masks, dim=1) for masks in zip(*layers, strict=True))
         spent = attn_macs * attn.mean(dim=2) + mlp_macs * mlp.mean(dim=2) * token_rate  # (B, L)
-        return attn, mlp, tokens, spent.mean(dim=1) / (attn_macs + mlp_macs)
+        for macs, masks in zip(cross_macs, cross, strict=True):
+            spent = spent + macs * masks.mean(dim=2)
+        return attn, mlp, tokens, spent.mean(dim=1) / (attn_macs + mlp_macs + sum(cross_macs)), *cross
 
     def _check_size(self, height: int, width: int, name: str) -> None:
         patch_size = self.config.patch_size
@@ -1848,10 +2373,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             )
 
     def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None) -> torch.Size:
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
+        num_channels = self.config.in_channels + self.config.condition_channels
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != num_channels:
+            parts = "`in_channels` + `condition_channels` = " if self.config.condition_channels else ""
             raise ValueError(
-                f"`hidden_states` must have shape (batch_size, {self.config.in_channels}, height, width), but it has "
-                f"shape {tuple(hidden_states.shape)}."
+                f"`hidden_states` must have shape (batch_size, {parts}{num_channels}, height, width), but it has shape "
+                f"{tuple(hidden_states.shape)}."
             )
         self._check_size(*hidden_states.shape[2:], "hidden_states")
         if attention_kwargs:
@@ -1861,8 +2388,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return hidden_states.shape
 
     def _check_gate_noise(self, gate_noise: torch.Tensor | None, shape: torch.Size) -> None:
-        size = 2 * (self.config.num_attention_heads - 1) + shape[1]
-        expected = (shape[0], self.config.num_layers, size)
+        expected = (shape[0], self.config.num_layers, self.gate_noise_size(shape[1]))
         if gate_noise is not None and gate_noise.shape != expected:
             raise ValueError(
                 f"`gate_noise` must have shape {expected}, samples, layers and gates, but it has shape "
@@ -1880,6 +2406,116 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"{tuple(timestep.shape)}."
             )
         return timestep.to(device=device, dtype=torch.float32).expand(batch_size)
+
+    def _prepare_noise_level(
+        self, noise_level: torch.Tensor | float | None, batch_size: int, device
+    ) -> torch.Tensor | None:
+        if not self.config.noise_level_conditioning:
+            if noise_level is not None:
+                raise ValueError("`noise_level` was given, but the model has no `noise_level_conditioning`.")
+            return None
+        if noise_level is None:
+            raise ValueError("`noise_level` must be given: the model has `noise_level_conditioning`.")
+        if not torch.is_tensor(noise_level):
+            noise_level = torch.tensor(float(noise_level))
+        if noise_level.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(
+                f"`noise_level` must be a number or have shape ({batch_size},), one level per sample, but it has shape "
+                f"{tuple(noise_level.shape)}."
+            )
+        # Elsewhere than on CPU this check would wait for the device.
+        if noise_level.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not bool(((noise_level >= 0) & (noise_level <= 1000)).all()):
+                raise ValueError(f"`noise_level`={noise_level.tolist()} must be in [0, 1000]; 1000 is pure noise.")
+        return noise_level.to(device=device, dtype=torch.float32).expand(batch_size)
+
+    def _check_text(
+        self,
+        states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        dropout_mask: torch.Tensor | None,
+        batch_size: int,
+    ) -> None:
+        config = self.config
+        if config.cross_attention_dim is None:
+            names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
+            for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
+                if tensor is not None:
+                    raise ValueError(
+                        f"`{name}` was given, but the model takes no text (`cross_attention_dim` is None)."
+                    )
+            return
+        if dropout_mask is not None:
+            if not self.has_null_caption:
+                raise ValueError(
+                    "`caption_dropout_mask` was given, but the model has no null caption (`caption_dropout_prob` is 0)."
+                )
+            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"`caption_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
+                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
+                )
+        if states is None:
+            if not self.has_null_caption:
+                raise ValueError(
+                    "`encoder_hidden_states` must be given: the model has no null caption (`caption_dropout_prob` is 0)."
+                )
+            if attention_mask is not None:
+                raise ValueError("`encoder_attention_mask` was given without `encoder_hidden_states`.")
+            return
+        width = config.caption_channels or config.cross_attention_dim
+        if states.ndim != 3 or len(states) != batch_size or states.shape[1] < 1 or states.shape[2] != width:
+            raise ValueError(
+                f"`encoder_hidden_states` must have shape ({batch_size}, num_text_tokens, {width}), but it has shape "
+                f"{tuple(states.shape)}."
+            )
+        if attention_mask is None:
+            return
+        if attention_mask.shape != states.shape[:2] or attention_mask.dtype != torch.bool:
+            raise ValueError(
+                f"`encoder_attention_mask` must be boolean of shape {tuple(states.shape[:2])}, one entry per token of the "
+                f"text, but it is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}."
+            )
+        # Elsewhere than on CPU this check would wait for the device at every step.
+        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            is_empty = ~attention_mask.any(dim=1)
+            if dropout_mask is not None:
+                is_empty &= ~dropout_mask.cpu()
+            if bool(is_empty.any()):
+                raise ValueError(
+                    f"`encoder_attention_mask` leaves nothing of the texts of the samples "
+                    f"{is_empty.nonzero().squeeze(1).tolist()}. Drop their captions by `caption_dropout_mask`."
+                )
+
+    def _prepare_text(
+        self, states, attention_mask, dropout_mask, batch_size: int, like: torch.Tensor, is_prepared: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        States for the keys and values, (B, L, cross_attention_dim), unless these are prepared, and the mask of the text,
+        (B, 1, 1, L); in the dtype and on the device of `like`.
+        """
+        if states is not None and dropout_mask is None and self.training and self.has_null_caption:
+            dropout_mask = torch.rand(batch_size, device=like.device) < self.config.caption_dropout_prob
+        dropout_mask = None if dropout_mask is None else dropout_mask.to(like.device)
+        text_mask = None
+        if attention_mask is not None:
+            text_mask = attention_mask.to(like.device)
+            if dropout_mask is not None:  # all of its tokens are the same, and there must be one
+                text_mask = text_mask | dropout_mask[:, None]
+            text_mask = text_mask[:, None, None]
+        if is_prepared:
+            return None, text_mask
+        if states is not None:
+            states = states.to(like.device, like.dtype)
+        if states is None or dropout_mask is not None:
+            null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
+            if states is None:
+                states = null.expand(batch_size, -1, -1)
+            else:
+                states = torch.where(dropout_mask[:, None, None], null, states)
+        if self.caption_projection is not None:
+            states = self.caption_projection(states)
+        return states, text_mask
 
     def _prepare_class_labels(
         self,

@@ -9,6 +9,7 @@ import torch
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..models import DYNA_DIT_CONFIGS
 from ..schedulers.scheduling_flow_match import PATHS
 from .data import BUILT_IN_DATASETS
 from .objectives import (
@@ -21,9 +22,20 @@ from .objectives import (
 )
 
 
+BUDGET = (
+    "budget",
+    "budget_loss_weight",
+    "budget_warmup_steps",
+    "budget_decay_steps",
+    "complete_loss_steps",
+    "router_learning_rate",
+    "sort_by_importance",
+)
+SHAPE = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "qk_norm")
 # These may differ between a run and its continuation: they change neither the weights of a step nor its data.
 FREE_ON_RESUME = {
     "cache_dir",
+    "caption_cache_dir",  # the encoder's weights and the captions are in the fingerprint of the captions
     "checkpointing_steps",
     "checkpoints_total_limit",
     "data_root",
@@ -44,10 +56,14 @@ FREE_ON_RESUME = {
     "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
+    "text_batch_size",
+    "text_encoder",
+    "text_encoder_subfolder",
     "train_batch_size",
     "train_data_dir",
     "validation_guidance_scale",
     "validation_inference_steps",
+    "validation_prompts",
     "validation_steps",
     "vae",
     "vae_batch_size",
@@ -55,30 +71,52 @@ FREE_ON_RESUME = {
 }
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images. One of `--dataset`, `--train_data_dir` and `--dataset_name` applies."""
+def add_data_arguments(parser: argparse.ArgumentParser, with_captions: bool = False) -> None:
+    """
+    Which images, with their classes or captions. One of `--dataset`, `--train_data_dir` and `--dataset_name` applies.
+
+    Args:
+        parser (`argparse.ArgumentParser`): to add them to.
+        with_captions (`bool`, defaults to `False`): the arguments of captions in the place of those of classes.
+    """
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
         choices=BUILT_IN_DATASETS,
-        help="digits: 1,797 digits of 8x8 from scikit-learn (the default); fashion-mnist: IDX files in --data_root.",
+        help="digits: 1,797 digits of 8x8 from scikit-learn (the default); fashion-mnist: IDX files in --data_root."
+        + (" The name of its class is the caption of an image." if with_captions else ""),
     )
     group.add_argument("--data_root", help="Folder with the IDX files of --dataset fashion-mnist, plain or .gz.")
-    group.add_argument("--train_data_dir", help="Folder of images; an image's class is the name of its first folder.")
+    group.add_argument(
+        "--train_data_dir",
+        help="Folder of images with metadata.jsonl or metadata.csv: the column file_name, and --caption_column."
+        if with_captions
+        else "Folder of images; an image's class is the name of its first folder.",
+    )
     group.add_argument("--dataset_name", help="Data set of the `datasets` library: a name on the Hub or a local path.")
     group.add_argument("--dataset_config_name", help="Configuration of --dataset_name.")
     group.add_argument("--dataset_split", default="train", help="Split of --dataset_name. Default: train.")
     group.add_argument("--image_column", default="image", help="Image column of --dataset_name. Default: image.")
-    group.add_argument("--label_column", default="label", help="Class column of --dataset_name. Default: label.")
-    group.add_argument("--streaming", action="store_true", help="Read --dataset_name as a stream, without a download.")
-    group.add_argument(
-        "--shuffle_buffer_size",
-        type=int,
-        default=0,
-        help="Rows of a stream to draw from. Default: 0, the stream's order, which is what resumes exactly.",
-    )
     group.add_argument("--cache_dir", help="Where `datasets` keeps what it downloads.")
-    group.add_argument("--unconditional", action="store_true", help="Ignore the classes.")
+    if with_captions:
+        group.add_argument(
+            "--caption_column",
+            default="text",
+            help="Column with an image's caption, or a list of captions of which each sample draws one. Default: text.",
+        )
+        parser.set_defaults(streaming=False, shuffle_buffer_size=0)
+    else:
+        group.add_argument("--label_column", default="label", help="Class column of --dataset_name. Default: label.")
+        group.add_argument(
+            "--streaming", action="store_true", help="Read --dataset_name as a stream, without a download."
+        )
+        group.add_argument(
+            "--shuffle_buffer_size",
+            type=int,
+            default=0,
+            help="Rows of a stream to draw from. Default: 0, the stream's order, which is what resumes exactly.",
+        )
+        group.add_argument("--unconditional", action="store_true", help="Ignore the classes.")
     group.add_argument("--resolution", type=int, help="Side of the images in pixels. Default: the data's own, or 32.")
     group.add_argument(
         "--center_crop",
@@ -93,6 +131,69 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="Processes that read images. Default: 0, the main one."
     )
+
+
+def add_latent_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether to train in the latents of a VAE."""
+    group = parser.add_argument_group("latents")
+    group.add_argument("--vae", help="AutoencoderKL, a name or a path, whose latents to train on. Default: pixels.")
+    group.add_argument("--vae_subfolder", help="Folder of the VAE in there, such as vae of a whole pipeline.")
+    group.add_argument("--latent_cache_dir", help="Where its latents are kept. Default: latents in --output_dir.")
+    group.add_argument("--vae_batch_size", type=int, default=32, help="Images encoded at a time. Default: 32.")
+
+
+def add_transformer_arguments(parser: argparse.ArgumentParser):
+    """
+    The shape of a dynamic transformer, or the weights it starts from.
+
+    Returns:
+        The group, for what else a script's model has.
+    """
+    group = parser.add_argument_group("model (defaults are DynaDiTTransformer2DModel's)")
+    group.add_argument("--pretrained_model_name_or_path", help="Start from these weights: a pipeline or transformer.")
+    group.add_argument("--preset", choices=list(DYNA_DIT_CONFIGS), help="A public size, such as DiT-S/2.")
+    group.add_argument("--patch_size", type=int, help="Side of a patch. Default: 2.")
+    group.add_argument("--num_layers", type=int, help="Transformer blocks. Default: 12.")
+    group.add_argument("--num_attention_heads", type=int, help="Heads, and channel groups of the MLP. Default: 6.")
+    group.add_argument("--attention_head_dim", type=int, help="Width of a head. Default: 64.")
+    group.add_argument("--mlp_ratio", type=float, help="Hidden width of the MLP over the width. Default: 4.")
+    group.add_argument(
+        "--qk_norm", choices=("layer_norm", "rms_norm"), help="Norm of queries and keys. Default: none."
+    )
+    group.add_argument(
+        "--router_mode",
+        choices=("capacity", "threshold"),
+        help="The routers' rule. Default: that of the weights it starts from, else capacity.",
+    )
+    group.add_argument(
+        "--sort_by_importance",
+        action="store_true",
+        help="Before the first step, order heads and channels by magnitude: the first group, always on, matters most.",
+    )
+    return group
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a dynamic transformer may cost."""
+    group = parser.add_argument_group("budget")
+    group.add_argument(
+        "--static",
+        action="store_true",
+        help="Train the complete model, without routers: before a budget, or beside one as its control.",
+    )
+    group.add_argument("--budget", type=float, default=0.7, help="Compute ratio to reach, in (0, 1]. Default: 0.7.")
+    group.add_argument("--budget_loss_weight", type=float, default=2.0, help="Weight of its loss. Default: 2.")
+    group.add_argument("--budget_warmup_steps", type=int, default=100, help="Steps at a budget of 1. Default: 100.")
+    group.add_argument(
+        "--budget_decay_steps", type=int, default=1000, help="Steps from there to --budget. Default: 1000."
+    )
+    group.add_argument(
+        "--complete_loss_steps",
+        type=int,
+        default=0,
+        help="Train the complete model too, on the same noise, for the first so many steps. Default: 0.",
+    )
+    group.add_argument("--router_learning_rate", type=float, help="Of the routers. Default: --learning_rate.")
 
 
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
@@ -333,3 +434,45 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("`--dataset_name` needs the `datasets` library: `pip install datasets`.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("`--mixed_precision fp16` needs a GPU. On a CPU use bf16 or no.")
+
+
+def check_transformer_arguments(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """
+    Raises on everything about a dynamic transformer that can be known to be wrong before data and model are touched.
+
+    Args:
+        args (`argparse.Namespace`): of a parser with the latents, transformer and budget groups and `--learn_sigma`.
+        defaults (`argparse.Namespace`): what the parser gives without arguments.
+
+    Raises:
+        `ValueError`: naming the argument, its value and what is allowed.
+    """
+    given = [name for name in BUDGET if getattr(args, name) != getattr(defaults, name)]
+    if args.static and given:
+        raise ValueError(
+            f"{', '.join(f'`--{name}`' for name in given)} and `--static`, which has no budget, are both set."
+        )
+    for name in ("pretrained_model_name_or_path", "vae"):
+        path = getattr(args, name)
+        is_local = path is not None and (path.startswith((".", "/", "~")) or path.count("/") != 1)
+        if is_local and not Path(path).is_dir() and args.resume_from_checkpoint is None:
+            raise ValueError(
+                f"`--{name}` {path} is not a folder. Give a saved model, or its name on the Hub (owner/name)."
+            )
+    if not 0 < args.budget <= 1:
+        raise ValueError(f"`--budget` {args.budget} must be in (0, 1]; 1 is the complete model.")
+    for name in ("budget_warmup_steps", "budget_decay_steps", "complete_loss_steps"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be at least 0.")
+    for name in ("budget_loss_weight", "router_learning_rate", "vae_batch_size"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ValueError(f"`--{name}` {getattr(args, name)} must be above 0.")
+    if args.learn_sigma and args.objective != "epsilon":
+        raise ValueError("`--learn_sigma` is for `--objective epsilon`: a flow has no variances to learn.")
+    if args.vae is None and (args.latent_cache_dir or args.vae_subfolder):
+        raise ValueError("`--latent_cache_dir` and `--vae_subfolder` are for `--vae`.")
+    given = [name for name in ("preset", *SHAPE) if getattr(args, name) is not None]
+    if args.pretrained_model_name_or_path is not None and given:
+        raise ValueError(
+            f"{', '.join(f'`--{name}`' for name in given)} and `--pretrained_model_name_or_path` both define the model."
+        )

@@ -7,9 +7,11 @@ a total batch of B, and n is sample n mod N of epoch n // N of a data set of N. 
 reading what came before, and any split of B over processes and accumulation sees the same samples.
 """
 
+import csv
 import gzip
 import hashlib
 import io
+import json
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -44,6 +46,7 @@ IMAGE_EXTENSIONS = {
     ".tiff",
     ".webp",
 }
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 BUILT_IN_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_NAMES = (
     "T-shirt/top",
@@ -66,6 +69,7 @@ class ImageSource(ABC):
     Attributes:
         name (`str`): what the images are, as a model card would say it.
         labels (`np.ndarray` of shape `(num_images,)`, *optional*): integer label of each image; `None` without classes.
+        captions (`list[list[str]]`, *optional*): one or more for each image; `None` without captions.
         id2label (`dict[int, str]`, *optional*): name of each class.
         native_size (`int`, *optional*): side of the images where all have the same.
         channels (`int`): 1 (gray) or 3 (RGB).
@@ -74,6 +78,7 @@ class ImageSource(ABC):
 
     name: str
     labels: np.ndarray | None = None
+    captions: list[list[str]] | None = None
     id2label: dict[int, str] | None = None
     native_size: int | None = None
     channels: int = 3
@@ -199,7 +204,11 @@ class ImageFolderSource(ImageSource):
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         ]
         self.paths = [path for path in visible if path.suffix.lower() in IMAGE_EXTENSIONS]
-        others = [path.name for path in visible if path.suffix.lower() not in IMAGE_EXTENSIONS]
+        others = [
+            path.name
+            for path in visible
+            if path.suffix.lower() not in IMAGE_EXTENSIONS and path.name not in METADATA_NAMES
+        ]
         if not self.paths:
             raise ValueError(
                 f"`--train_data_dir` {folder} has no image ({', '.join(sorted(IMAGE_EXTENSIONS))}) in it or below it."
@@ -236,6 +245,80 @@ class ImageFolderSource(ImageSource):
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
+class CaptionFolderSource(ImageFolderSource):
+    """
+    The images under a folder, with captions from its `metadata.jsonl` or `metadata.csv`, as the `datasets` library has
+    them: a row for each image, its path from the folder in the column `file_name`. A caption of `metadata.jsonl` may be a
+    list of captions; several rows of one image are several captions.
+
+    Args:
+        folder (`str` or `Path`): has the images, anywhere below, and the metadata file.
+        caption_column (`str`, defaults to `"text"`): column with the captions.
+
+    Raises:
+        `ValueError`: where a file, a column or a caption is missing, or images and rows do not belong together.
+    """
+
+    def __init__(self, folder: str | Path, caption_column: str = "text"):
+        super().__init__(folder, with_classes=False)
+        present = [self.folder / name for name in METADATA_NAMES if (self.folder / name).is_file()]
+        if len(present) != 1:
+            found = " and ".join(path.name for path in present) or "neither"
+            raise ValueError(
+                f"`--train_data_dir` {folder} must have {' or '.join(METADATA_NAMES)} with the captions of its images, "
+                f"one of them, but has {found}."
+            )
+        captions_of: dict[Path, list[str]] = {path: [] for path in self.paths}
+        for where, row in _read_metadata(present[0]):
+            for column, flag in (("file_name", ""), (caption_column, ", as `--caption_column` says")):
+                if column not in row:
+                    raise ValueError(f"{where} has no {column!r}{flag}: it has {sorted(row)}.")
+            path = self.folder / str(row["file_name"])
+            if path not in captions_of:
+                raise ValueError(
+                    f"{where} names {row['file_name']}, which is not an image of the folder. Repair `file_name`, the "
+                    f"path from {folder}, or remove the row."
+                )
+            captions_of[path] += _check_captions(row[caption_column], where, caption_column)
+        without = [path for path, captions in captions_of.items() if not captions]
+        if without:
+            raise ValueError(
+                f"{present[0]} has no caption of {len(without)} of the {len(self.paths)} images, such as "
+                f"{without[0].relative_to(self.folder).as_posix()}. Add rows, or move the images away."
+            )
+        self.captions = list(captions_of.values())
+
+
+def _read_metadata(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields what to call a row in a message, and the row."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        if path.suffix == ".csv":
+            for row in (reader := csv.DictReader(file, strict=True)):
+                # Where a row has more cells than there are columns, the rest has no name.
+                yield f"{path}, line {reader.line_num}", {name: value for name, value in row.items() if name}
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number} must be an object such as {{...}}, but is {line.strip()[:50]}."
+                )
+            yield f"{path}, line {number}", row
+
+
+def _check_captions(value, where: str, column: str) -> list[str]:
+    """One caption or several, as several."""
+    captions = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError(f"{where} has no caption in {column!r}: it is {value!r}. Give a text, or a list of texts.")
+    return captions
+
+
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     Args:
@@ -265,18 +348,28 @@ class HubDatasetSource(ImageSource):
         image_column (`str`, defaults to `"image"`): column with the images.
         label_column (`str`, *optional*, defaults to `"label"`):
             Column with the classes: `ClassLabel`, integers, or names. `None` reads no classes.
+        caption_column (`str`, *optional*):
+            Column with the captions, texts or lists of texts. `None` reads none. Not for a stream.
 
     Raises:
-        `ValueError`: where a column is missing, or a stream does not say its classes.
+        `ValueError`: where a column or a caption is missing, or a stream does not say its classes.
     """
 
-    def __init__(self, dataset, name: str, image_column: str = "image", label_column: str | None = "label"):
+    def __init__(
+        self,
+        dataset,
+        name: str,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        caption_column: str | None = None,
+    ):
         import datasets
 
         self.name, self.image_column, self.label_column = name, image_column, label_column
         self.is_stream = isinstance(dataset, datasets.IterableDataset)
         features = dataset.features or (dataset._resolve_features().features if self.is_stream else {})
-        for flag, column in (("image_column", image_column), ("label_column", label_column)):
+        columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
+        for flag, column in columns.items():
             if column is not None and column not in features:
                 hint = " Use `--unconditional` to train without classes." if flag == "label_column" else ""
                 raise ValueError(f"`--{flag}` {column!r} is not a column of {name}: it has {sorted(features)}.{hint}")
@@ -287,6 +380,11 @@ class HubDatasetSource(ImageSource):
         self.num_images = None if self.is_stream else len(dataset)
         if label_column is not None:
             self._read_classes(features[label_column])
+        if caption_column is not None:
+            self.captions = [
+                _check_captions(value, f"Row {i} of {name}", caption_column)
+                for i, value in enumerate(dataset[caption_column])
+            ]
 
     def _read_classes(self, feature) -> None:
         self._label_of: dict[str | int, int] | None = None
@@ -401,16 +499,19 @@ class TrainingImages(Dataset):
                 bad_images.append(f"{self.source.describe(i)} ({type(error).__name__}: {error})")
                 continue
             label = -1 if self.source.labels is None else int(self.source.labels[i])
-            return make_example(image, label, sample_index, bad_images, self.transform, self.seed)
+            return make_example(image, i, label, sample_index, bad_images, self.transform, self.seed)
         raise ValueError(f"No image of {self.source.name} can be read.")
 
 
-def make_example(image, label: int, sample_index: int, bad_images: list[str], transform, seed: int) -> dict:
+def make_example(
+    image, image_index: int | None, label: int, sample_index: int, bad_images: list[str], transform, seed: int
+) -> dict:
     """One row of a batch, see [`collate_examples`]."""
     pixel_values = transform(image, keyed_generator(seed, "augmentation", sample_index))
     return {
         "pixel_values": pixel_values,
         "class_label": label,
+        "image_index": image_index,
         "sample_index": sample_index,
         "bad_images": bad_images,
     }
@@ -423,12 +524,14 @@ def collate_examples(examples: list[dict]) -> dict:
 
     Returns:
         `dict` with `pixel_values` of shape `(batch_size, channels, resolution, resolution)`, `class_labels` of shape
-        `(batch_size,)` (-1 without classes), `sample_indices`, the list of global indices, and `bad_images`, the list
-        of what could not be read.
+        `(batch_size,)` (-1 without classes), `image_indices`, the list of which images of the source they are (`None`
+        each for a stream), `sample_indices`, the list of global indices, and `bad_images`, the list of what could not
+        be read.
     """
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "class_labels": torch.tensor([example["class_label"] for example in examples]),
+        "image_indices": [example["image_index"] for example in examples],
         "sample_indices": [example["sample_index"] for example in examples],
         "bad_images": [name for example in examples for name in example["bad_images"]],
     }
@@ -601,16 +704,19 @@ class StreamingLoader:
                 if isinstance(entry, Exception):
                     bad_images.append(f"row {first + i} of {self.source.name} ({type(entry).__name__}: {entry})")
                     entry = good[i % len(good)]
-                examples.append(make_example(*entry, first + i, bad_images, self.transform, self.seed))
+                image, label = entry
+                examples.append(make_example(image, None, label, first + i, bad_images, self.transform, self.seed))
             yield collate_examples(examples)
 
 
-def open_image_source(args) -> ImageSource:
+def open_image_source(args, with_captions: bool = False) -> ImageSource:
     """
     The data that the arguments of a training script name.
 
     Args:
         args (`argparse.Namespace`): with the arguments of `add_data_arguments`.
+        with_captions (`bool`, defaults to `False`):
+            Read captions instead of classes. Those of the data sets that are built in are the names of the classes.
 
     Returns:
         [`ImageSource`].
@@ -618,6 +724,8 @@ def open_image_source(args) -> ImageSource:
     Raises:
         `ValueError`: where the data is missing or not as the arguments say.
     """
+    if args.train_data_dir is not None and with_captions:
+        return CaptionFolderSource(args.train_data_dir, args.caption_column)
     if args.train_data_dir is not None:
         return ImageFolderSource(args.train_data_dir, with_classes=not args.unconditional)
     if args.dataset_name is not None:
@@ -626,13 +734,16 @@ def open_image_source(args) -> ImageSource:
             _load_dataset(args),
             name=Path(args.dataset_name).name if is_local else args.dataset_name,
             image_column=args.image_column,
-            label_column=None if args.unconditional else args.label_column,
+            label_column=None if with_captions or args.unconditional else args.label_column,
+            caption_column=args.caption_column if with_captions else None,
         )
         if not is_local:
             source.facts = {"url": f"https://huggingface.co/datasets/{args.dataset_name}"}
         return source
     source = load_fashion_mnist(args.data_root) if args.dataset == "fashion-mnist" else load_digits()
-    if args.unconditional:
+    if with_captions:
+        source.captions = [[source.id2label[int(label)]] for label in source.labels]
+    if with_captions or args.unconditional:
         source.labels = source.id2label = None
     return source
 

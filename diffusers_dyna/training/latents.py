@@ -3,38 +3,26 @@
 A cache of what a VAE makes of the images, for training in latents.
 
 It holds the mean and the standard deviation of the VAE's posterior, for each image and, with random flips, for its
-mirror image. So every epoch draws its flips and its latents anew, keyed by the sample as in pixels. Shards have a fixed
-number of images: the files do not depend on the number of processes that wrote them. Each appears under its name only
-when it is whole, and `index.json` comes last, with their checksums.
+mirror image. So every epoch draws its flips and its latents anew, keyed by the sample as in pixels. The files are those
+of [`build_shards`].
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 
-from .checkpoints import PARTIAL_PREFIX
 from .data import ImageSource, ImageTransform
-from .loop import write_json
+from .shards import INDEX_NAME, ShardReader, build_shards, hash_identity, hash_weights
 
 
 logger = logging.get_logger(__name__)
-
-INDEX_NAME = "index.json"
-# One key for everything: safetensors writes several in an order that changes from call to call.
-METADATA_KEY = "latent_cache"
 
 
 class LatentSource(ImageSource):
@@ -54,23 +42,14 @@ class LatentSource(ImageSource):
 
     def __init__(self, cache_dir: str | Path, source: ImageSource):
         index = json.loads((Path(cache_dir) / INDEX_NAME).read_text())
-        self.cache_dir, self.source = Path(cache_dir), source
+        self.source = source
         self.name, self.labels, self.id2label, self.facts = source.name, source.labels, source.id2label, source.facts
-        self.num_images = source.num_images
+        self.num_images, self.captions = source.num_images, source.captions
         self.identity = index["identity"]
         self.shard_size = self.identity["shard_size"]
         self.bad_images = {int(i): reason for i, reason in index["bad_images"].items()}
-        self._slices = {}
-        *_, self.channels, self.native_size, _ = self._slice(0).get_shape()
-
-    def _slice(self, shard: int):
-        if shard not in self._slices:
-            with safe_open(_shard_path(self.cache_dir, shard), framework="pt") as file:
-                self._slices[shard] = file.get_slice("moments")
-        return self._slices[shard]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_slices": {}}  # a worker that is spawned maps the files itself
+        self.shards = ShardReader(cache_dir)
+        *_, self.channels, self.native_size, _ = self.shards.get_slice(0, "moments").get_shape()
 
     def read(self, index: int) -> torch.Tensor:
         """
@@ -87,14 +66,14 @@ class LatentSource(ImageSource):
         if index in self.bad_images:
             raise ValueError(self.bad_images[index])
         shard, row = divmod(index, self.shard_size)
-        return self._slice(shard)[row]
+        return self.shards.get_slice(shard, "moments")[row]
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
 
     def fingerprint(self) -> str:
         """Changes with the images' own fingerprint, the VAE, and how they were encoded."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_identity(self.identity)
 
 
 class LatentTransform:
@@ -138,9 +117,8 @@ def build_latent_cache(
     max_bad_images: int = 10,
 ) -> LatentSource:
     """
-    Opens a latent cache, after encoding what it lacks. To be called by all processes, on a folder that all of them see.
-    A complete cache is checked against its checksums; one that was interrupted goes on with its missing shards, with
-    any number of processes.
+    Opens a latent cache, after encoding what it lacks. To be called by all processes, on a folder that all of them see;
+    see [`build_shards`].
 
     Whether images still have the content that was encoded is not checked, only their number, order, names and labels:
     delete the folder after editing them. Encoding repeats bit for bit on one machine at the same `batch_size` (on a
@@ -170,82 +148,22 @@ def build_latent_cache(
         `ValueError`: if the images cannot be cached or do not fit the VAE, the latents are not finite, too many images
             cannot be read, or the folder holds a damaged cache or that of other images, settings or weights.
     """
-    cache_dir = Path(cache_dir)
     _check_inputs(source, transform, vae, batch_size, shard_size, dtype)
+
+    def encode(shards: list[int]):
+        bad_images = {}
+        for shard, moments, bad_in_shard in _encode(
+            source, transform, vae, shards, batch_size, shard_size, dtype, num_workers
+        ):
+            bad_images |= bad_in_shard
+            _check_bad_images(source, bad_images, max_bad_images)
+            yield shard, {"moments": moments}, {"bad_images": bad_in_shard}
+
     identity = _make_identity(source, transform, vae, shard_size, dtype)
-    index_path = cache_dir / INDEX_NAME
-    paths = {shard: _shard_path(cache_dir, shard) for shard in range(-(-len(source) // shard_size))}
-    present = [shard for shard, path in paths.items() if path.exists()]
-    missing = [shard for shard, path in paths.items() if not path.exists()]
-    own = missing[accelerator.process_index :: accelerator.num_processes]
-
-    if index_path.exists():
-        index = json.loads(index_path.read_text())
-        _check_identity(cache_dir, index["identity"], identity)
-        for shard in present[accelerator.process_index :: accelerator.num_processes]:
-            if _sha256(paths[shard]) != index["sha256"][paths[shard].name]:
-                raise ValueError(
-                    f"{paths[shard]} is damaged: its SHA-256 is not the one in {INDEX_NAME}. Delete this file and "
-                    "start again: it alone is encoded anew."
-                )
-    else:
-        for shard in present:
-            _check_identity(cache_dir, _read_metadata(paths[shard])["identity"], identity)
-    accelerator.wait_for_everyone()  # before anything is written, all have seen the same
-
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    if missing and accelerator.is_main_process:
-        index_path.unlink(missing_ok=True)  # where it is, the cache is complete
-    bad_images = {}
-    shards = _encode(source, transform, vae, own, batch_size, shard_size, dtype, num_workers)
-    for shard, moments, bad_in_shard in tqdm(
-        shards, "Encoding images", len(own), unit="shard", disable=not own or not accelerator.is_main_process
-    ):
-        bad_images |= bad_in_shard
-        _check_bad_images(source, bad_images, max_bad_images)
-        partial = cache_dir / f"{PARTIAL_PREFIX}{paths[shard].name}"
-        metadata = json.dumps({"identity": identity, "bad_images": bad_in_shard}, sort_keys=True)
-        save_file({"moments": moments}, partial, metadata={METADATA_KEY: metadata})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, paths[shard])
-    accelerator.wait_for_everyone()
-
-    if accelerator.is_main_process and not index_path.exists():
-        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
-            digests = list(pool.map(_sha256, paths.values()))
-        index = {"identity": identity, "sha256": {}, "bad_images": {}}
-        for path, digest in zip(paths.values(), digests, strict=True):
-            index["sha256"][path.name] = digest
-            index["bad_images"] |= _read_metadata(path)["bad_images"]
-        write_json(index_path, index)
-    accelerator.wait_for_everyone()
+    build_shards(cache_dir, identity, len(source), encode, accelerator, "latent", "images")
     latents = LatentSource(cache_dir, source)
     _check_bad_images(source, latents.bad_images, max_bad_images)
     return latents
-
-
-def _shard_path(cache_dir: Path, shard: int) -> Path:
-    return cache_dir / f"shard-{shard:05d}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_metadata(path: Path) -> dict:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()[METADATA_KEY])
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). If it is damaged, delete it and start again: it alone is encoded anew. "
-            "If another process wrote it, the folder must be one that all processes see."
-        ) from error
 
 
 def _check_inputs(source, transform, vae, batch_size: int, shard_size: int, dtype: torch.dtype) -> None:
@@ -292,10 +210,6 @@ def downsampling_factor(vae: AutoencoderKL) -> int:
 
 def _make_identity(source, transform, vae, shard_size: int, dtype: torch.dtype) -> dict:
     """What decides on the content of the cache, as plain JSON values."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
-        weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     identity = {
         "data_fingerprint": source.fingerprint(),
         "num_images": len(source),
@@ -305,22 +219,11 @@ def _make_identity(source, transform, vae, shard_size: int, dtype: torch.dtype) 
         "dtype": str(dtype),
         "shard_size": shard_size,
         "vae.dtype": str(vae.dtype),
-        "vae.weights": weights.hexdigest()[:16],
+        "vae.weights": hash_weights(vae),
     }
     # Names with an underscore say where the weights are from and which version of diffusers read them.
     identity |= {f"vae.{name}": value for name, value in vae.config.items() if not name.startswith("_")}
     return json.loads(json.dumps(identity))  # tuples become lists, as in a file
-
-
-def _check_identity(cache_dir: Path, saved: dict, current: dict) -> None:
-    different = [name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)]
-    if different:
-        lines = [f"  {name}: {saved.get(name)!r} in the cache, {current.get(name)!r} now" for name in different]
-        raise ValueError(
-            f"The latent cache {cache_dir} was made of other images, settings or weights:\n"
-            + "\n".join(lines)
-            + "\nUse the same values, give another folder, or delete this one."
-        )
 
 
 def _check_bad_images(source: ImageSource, bad_images: dict[int, str], max_bad_images: int) -> None:

@@ -11,9 +11,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import PIL.Image
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,10 +22,10 @@ from tqdm.auto import tqdm
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import make_image_grid
 
-from . import arguments, checkpoints, data, loop, objectives
+from . import arguments, checkpoints, data, latents, loop, objectives
 from .randomness import keyed_randn, keyed_seed, keyed_uniform
 
 
@@ -44,6 +45,10 @@ class NoisyBatch:
         timesteps (`torch.Tensor` of shape `(batch_size,)`): times of the samples.
         class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): their classes.
         class_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): whose class is dropped.
+        condition (`torch.Tensor` of shape `(batch_size, condition_channels, height, width)`, *optional*):
+            What the model is given beside the noisy sample, as further channels.
+        conditions (`dict[str, torch.Tensor]`): further arguments of the model, a row for each sample.
+        caption_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): whose caption is dropped.
         loss_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): what their errors count; `None` is 1.
     """
 
@@ -54,7 +59,37 @@ class NoisyBatch:
     timesteps: torch.Tensor
     class_labels: torch.Tensor | None
     class_dropout_mask: torch.Tensor | None
+    condition: torch.Tensor | None
+    conditions: dict[str, torch.Tensor]
+    caption_dropout_mask: torch.Tensor | None
     loss_weights: torch.Tensor | None
+
+    def with_condition(self, noisy_sample: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            noisy_sample (`torch.Tensor` with the shape of `sample`): of these samples, at any time.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels + condition_channels, height, width)`: what the model is
+            given.
+        """
+        return noisy_sample if self.condition is None else torch.cat([noisy_sample, self.condition], dim=1)
+
+    def first(self, count: int) -> "NoisyBatch":
+        """
+        Args:
+            count (`int`): how many samples.
+
+        Returns:
+            [`NoisyBatch`] of the first ones.
+        """
+
+        def cut(value):
+            if isinstance(value, dict):
+                return {name: entry[:count] for name, entry in value.items()}
+            return None if value is None else value[:count]
+
+        return NoisyBatch(*(cut(getattr(self, field.name)) for field in fields(self)))
 
 
 class TrainingRun:
@@ -167,6 +202,8 @@ class TrainingRun:
         identity: dict,
         defaults: dict,
         parameter_groups: list[dict] | None = None,
+        prepare: Callable[[dict], tuple[torch.Tensor, torch.Tensor | None, dict]] | None = None,
+        validation_inputs: dict | None = None,
     ) -> None:
         """
         Everything between the model and the first step: optimizer, averages, state of the checkpoint, data, log.
@@ -181,12 +218,21 @@ class TrainingRun:
             defaults (`dict`): default of every argument; a checkpoint that is older than an argument was made with it.
             parameter_groups (`list[dict]`, *optional*):
                 Groups for the optimizer, with `lr_scale` relative to `--learning_rate`. `None` is all parameters.
+            prepare (`Callable`, *optional*):
+                From a batch of [`collate_examples`] to what the task makes of it: clean samples, their `condition`
+                (or `None`) and their `conditions`, see [`NoisyBatch`], on the device. All that it draws must be a
+                function of the seed and of `sample_indices`. `None` trains on `pixel_values` as they are.
+            validation_inputs (`dict`, *optional*):
+                What the pipeline is called with to draw `--num_validation_images` samples, lists of that length, where
+                it is not each class in turn.
 
         Raises:
             `ValueError`: if the checkpoint is from another run.
         """
         args, accelerator = self.args, self.accelerator
         self.unwrapped, self.scheduler, self.make_pipeline, self.source = unwrapped, scheduler, make_pipeline, source
+        self.prepare = prepare or (lambda batch: (batch["pixel_values"].to(accelerator.device), None, {}))
+        self.validation_inputs = validation_inputs
         self.identity = {name: value for name, value in vars(args).items() if name not in arguments.FREE_ON_RESUME}
         self.identity |= {
             "data_fingerprint": source.fingerprint(),
@@ -343,7 +389,7 @@ class TrainingRun:
             batch = next(self._batches)
             # Dropout draws from the global generator: seeding it here makes it a function of the step.
             torch.manual_seed(keyed_seed(self.args.seed, "step", step, micro_step, self.accelerator.process_index))
-            yield self._add_noise(batch)
+            yield self.add_noise(batch)
             for name in batch["bad_images"]:
                 if name not in self._bad_images:
                     self._bad_images[name] = None
@@ -354,22 +400,32 @@ class TrainingRun:
                     f"{', '.join(self._bad_images)}"
                 )
 
-    def _add_noise(self, batch: dict) -> NoisyBatch:
+    def add_noise(self, batch: dict) -> NoisyBatch:
+        """
+        Args:
+            batch (`dict`): of [`collate_examples`].
+
+        Returns:
+            [`NoisyBatch`]: what a step makes of it. Every draw is a function of the seed and of a sample's index.
+        """
         args, device, indices = self.args, self.accelerator.device, batch["sample_indices"]
-        class_labels = dropout_mask = condition = None
+        config = self.unwrapped.config
+        sample, condition, conditions = self.prepare(batch)
+        class_labels = dropout_mask = given_labels = caption_dropout_mask = None
         if self.source.id2label is not None:
-            class_labels = condition = batch["class_labels"]
+            class_labels = given_labels = batch["class_labels"]
             if self.unwrapped.null_class_label is not None:
-                dropout_mask = keyed_uniform(args.seed, "class_dropout", indices)
-                dropout_mask = dropout_mask < self.unwrapped.config.class_dropout_prob
-                condition = class_labels.masked_fill(dropout_mask, self.unwrapped.null_class_label)
+                dropout_mask = keyed_uniform(args.seed, "class_dropout", indices) < config.class_dropout_prob
+                given_labels = class_labels.masked_fill(dropout_mask, self.unwrapped.null_class_label)
                 dropout_mask = dropout_mask.to(device)
             class_labels = class_labels.to(device)
-        sample = batch["pixel_values"]
+        if "encoder_hidden_states" in conditions and self.unwrapped.has_null_caption:
+            caption_dropout_mask = keyed_uniform(args.seed, "caption_dropout", indices) < config.caption_dropout_prob
+            caption_dropout_mask = caption_dropout_mask.to(device)
         noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:])
         if args.coupling == "ot":
-            noise = noise[objectives.optimal_coupling(sample, noise, condition)]
-        sample, noise, timesteps = sample.to(device), noise.to(device), self._timesteps(indices).to(device)
+            noise = noise[objectives.optimal_coupling(sample.cpu(), noise, given_labels)]
+        noise, timesteps = noise.to(device), self._timesteps(indices).to(device)
         return NoisyBatch(
             indices,
             sample,
@@ -378,6 +434,9 @@ class TrainingRun:
             timesteps,
             class_labels,
             dropout_mask,
+            condition,
+            conditions,
+            caption_dropout_mask,
             objectives.loss_weights(args.weighting_scheme, self.scheduler, timesteps, args.snr_gamma),
         )
 
@@ -517,7 +576,7 @@ class TrainingRun:
 
     def draw_samples(self, pipeline: DiffusionPipeline) -> list:
         """
-        Samples of every class in turn, from generators of their own: training draws the same with and without them.
+        Samples of every class in turn, or of `validation_inputs`, from generators of their own: training draws the same with and without them.
 
         Args:
             pipeline ([`~diffusers.DiffusionPipeline`]): from [`averaged_pipeline`].
@@ -525,14 +584,21 @@ class TrainingRun:
         Returns:
             `list[PIL.Image.Image]`.
         """
+        if not callable(pipeline):  # until the package has the pipeline of the task
+            return [PIL.Image.new("L", (8, 8))]
         args, model = self.args, getattr(pipeline, self.component)
         num_classes, num_images = model.config.num_classes, args.num_validation_images
+        inputs = self.validation_inputs
+        if inputs is None and num_classes is None:
+            inputs = {"class_labels": None, "num_images_per_prompt": num_images}
+        elif inputs is None:
+            inputs = {"class_labels": [i % num_classes for i in range(num_images)]}
+        has_null = model.null_class_label is not None or getattr(model, "has_null_caption", False)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(
-            class_labels=[i % num_classes for i in range(num_images)] if num_classes is not None else None,
-            num_images_per_prompt=num_images if num_classes is None else 1,
+            **inputs,
             num_inference_steps=args.validation_inference_steps,
-            guidance_scale=args.validation_guidance_scale if model.null_class_label is not None else 1.0,
+            guidance_scale=args.validation_guidance_scale if has_null else 1.0,
             generator=[
                 torch.Generator().manual_seed(keyed_seed(args.seed, "validation", i)) for i in range(num_images)
             ],
@@ -652,6 +718,47 @@ def make_loader(run: TrainingRun, transform: data.ImageTransform) -> data.DataLo
             args.dataloader_num_workers,
         )
     return data.make_dataloader(run.source, transform, make_sampler(run), args.seed, args.dataloader_num_workers)
+
+
+def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL | None:
+    """
+    Args:
+        args (`argparse.Namespace`): with the arguments of `add_latent_arguments`.
+        device (`torch.device`): where it encodes.
+
+    Returns:
+        [`~diffusers.AutoencoderKL`], frozen; `None` for a run in pixels.
+    """
+    if args.vae is None:
+        return None
+    vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder).to(device)
+    return vae.requires_grad_(False).eval()
+
+
+def cache_latents(
+    run: TrainingRun, source: data.ImageSource, transform: data.ImageTransform, vae: AutoencoderKL
+) -> latents.LatentSource:
+    """
+    Args:
+        run ([`TrainingRun`]): not started yet.
+        source ([`ImageSource`]): the images.
+        transform ([`ImageTransform`]): how they become the VAE's input.
+        vae ([`~diffusers.AutoencoderKL`]): of [`load_vae`].
+
+    Returns:
+        [`LatentSource`]: the latents of all images, in the folder that the arguments name.
+    """
+    args = run.args
+    return latents.build_latent_cache(
+        args.latent_cache_dir or run.output_dir / "latents",
+        source,
+        transform,
+        vae,
+        run.accelerator,
+        batch_size=args.vae_batch_size,
+        num_workers=args.dataloader_num_workers,
+        max_bad_images=args.max_bad_images,
+    )
 
 
 def make_sampler(run: TrainingRun) -> data.GlobalBatchSampler:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What leaves the machine when a pipeline is published, and what stops a publication before anything is created."""
 
+import ast
 import importlib.util
 import inspect
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 
 import diffusers_dyna
 from diffusers_dyna.hub import check_can_publish, publish
-from diffusers_dyna.hub.publishing import without_package_imports
+from diffusers_dyna.hub.publishing import with_relative_imports_inlined, without_package_imports
 
 from .conftest import write_training_summary
 
@@ -392,9 +394,12 @@ def public_classes():
 
 @pytest.mark.parametrize("cls", public_classes(), ids=lambda cls: cls.__name__)
 def test_the_file_of_every_class_works_alone(cls, tmp_path, monkeypatch):
-    source = inspect.getsource(sys.modules[cls.__module__])
+    file = Path(inspect.getsourcefile(cls))
+    source = file.read_text()
     if issubclass(cls, DiffusionPipeline):
-        source = without_package_imports(source, cls.__module__)
+        source = without_package_imports(with_relative_imports_inlined(file), file.name)
+        assert source.count("SPDX-License-Identifier") == 1 and ast.get_docstring(ast.parse(source))
+        assert "from ." not in source
     file = tmp_path / "alone.py"
     file.write_text(source)
     spec = importlib.util.spec_from_file_location("alone", file)
@@ -440,6 +445,35 @@ def test_imports_of_type_hints_become_base_classes():
     assert rewritten[0].startswith("from diffusers import ModelMixin as Net  # ")
     assert rewritten[1].startswith("from diffusers import SchedulerMixin as FlowMatchODEScheduler  # ")
     assert rewritten[2] == source.splitlines()[-1]
+
+
+def test_a_module_beside_the_file_is_taken_in(tmp_path):
+    (tmp_path / "deep.py").write_text('# SPDX-License-Identifier: X\n"""Deep."""\n\nONE = 1\n')
+    (tmp_path / "base.py").write_text(
+        "# SPDX-License-Identifier: X\nimport math\nfrom .deep import ONE\n\nTWO = 2 * ONE\n"
+    )
+    (tmp_path / "top.py").write_text(
+        '# SPDX-License-Identifier: X\n"""Top."""\nimport math\n\nfrom .base import (\n    TWO,\n)\n\n\nTHREE = TWO + 1\n'
+    )
+    source = with_relative_imports_inlined(tmp_path / "top.py")
+    assert (
+        source.split()
+        == (
+            '# SPDX-License-Identifier: X """Top.""" import math import math ONE = 1 TWO = 2 * ONE THREE = TWO + 1'
+        ).split()
+    )
+    names = {}
+    exec(source, names)
+    assert names["THREE"] == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["from . import deep", "from ..deep import ONE", "from .deep import ONE as one", "from .deep import *"]
+)
+def test_another_import_from_beside_the_file_is_refused(line, tmp_path):
+    (tmp_path / "top.py").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"`top\.py` has the import .* can take in a file beside it only"):
+        with_relative_imports_inlined(tmp_path / "top.py")
 
 
 @pytest.mark.slow

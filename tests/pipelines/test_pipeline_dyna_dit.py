@@ -19,7 +19,6 @@ import torch
 
 from accelerate import cpu_offload
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -42,24 +41,11 @@ from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatch
 from diffusers_dyna.pipelines import DynaDiTPipelineOutput
 
 from ..testing_utils import UNCONDITIONAL, logged_warnings, randn
+from .dyna_dit_common import assert_close, generators, tiny_dit, tiny_vae
 
 
-# Two orders of summation of the same float32 products, through the layers of the transformer and a few steps.
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 LABELS = {0: "cat, tabby", 1: "dog", 2: "bird, dog house"}
 
-TINY_DIT = {
-    "sample_size": 8,
-    "patch_size": 2,
-    "in_channels": 3,
-    "num_layers": 3,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "num_classes": 3,
-    "class_dropout_prob": 0.1,
-    "learn_sigma": True,
-    "router_mode": "capacity",
-}
 LATENT = {"in_channels": 4}
 
 FLOW_SCHEDULERS = {
@@ -88,51 +74,10 @@ NOISE_SCHEDULERS = {
 SCHEDULERS = FLOW_SCHEDULERS | NOISE_SCHEDULERS
 
 
-def tiny_dit(seed: int = 0, **overrides) -> DynaDiTTransformer2DModel:
-    """
-    A transformer in evaluation mode whose zero-initialised layers are drawn, and whose routers switch heads, channel
-    groups and tokens on and off over the timesteps; the same weights for the same seed and configuration.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DynaDiTTransformer2DModel(**{**TINY_DIT, **overrides})
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if any(part in name for part in ("modulation", "norm_out", "proj_out", "class_embedding")):
-                    parameter.copy_(0.3 * torch.randn_like(parameter))
-                elif "token_selection" in name:
-                    parameter.copy_(torch.randn_like(parameter))
-                elif "_rate" in name:
-                    parameter.copy_((20.0 if name.endswith("weight") else 2.0) * torch.randn_like(parameter))
-    return model.eval()
-
-
-def tiny_vae(**overrides) -> AutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        vae = AutoencoderKL(
-            **{
-                "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
-                "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
-                "block_out_channels": (4, 8),
-                "latent_channels": 4,
-                "norm_num_groups": 2,
-                "sample_size": 16,
-                "scaling_factor": 0.5,
-                **overrides,
-            }
-        )
-    return vae.eval()
-
-
 def make_pipeline(scheduler=None, id2label=None, vae=None, **overrides) -> DynaDiTPipeline:
     pipe = DynaDiTPipeline(tiny_dit(**overrides), scheduler or FlowMatchODEScheduler(), vae, id2label)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def draw(pipe, *args, num_inference_steps=3, output_type="latent", **kwargs) -> torch.Tensor:
@@ -170,10 +115,6 @@ def written_out_loop(
         output = output if learned_variance else output[:, :channels]
         sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
     return sample
-
-
-def assert_close(actual, expected, rtol=1e-3, atol=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol * max(1.0, expected.abs().max().item()))
 
 
 def record(monkeypatch, transformer, name: str, log: list | None = None) -> list:

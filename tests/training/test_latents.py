@@ -13,7 +13,7 @@ from safetensors import safe_open
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from diffusers_dyna.training import latents
+from diffusers_dyna.training import shards
 from diffusers_dyna.training.data import (
     ArraySource,
     GlobalBatchSampler,
@@ -224,7 +224,7 @@ class TestWriting:
 
     def test_one_process_finishes_what_two_began(self, tmp_path, source, transform, monkeypatch):
         build(tmp_path / "whole", source, transform, tiny_vae())
-        save_file = latents.save_file
+        save_file = shards.save_file
 
         def save_until_killed(tensors, path, metadata):
             if "00003" in path.name:
@@ -232,7 +232,7 @@ class TestWriting:
                 raise Killed
             save_file(tensors, path, metadata)
 
-        monkeypatch.setattr(latents, "save_file", save_until_killed)
+        monkeypatch.setattr(shards, "save_file", save_until_killed)
         processes = Processes(2)
         monkeypatch.setattr(FakeAccelerator, "wait_for_everyone", lambda self: None)
         with pytest.raises(Killed):

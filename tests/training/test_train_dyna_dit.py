@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
+from diffusers_dyna.training.dynamic import make_transformer
 
 
 ROOT = Path(__file__).parents[2]
@@ -400,7 +401,8 @@ class TestForms:
     def test_preset_and_unconditional(self, script, tmp_path):
         words = command(tmp_path / "run", preset="DiT-S/2", qk_norm="rms_norm", unconditional=True)
         args = script.parse_args(words[2:])
-        model = script.make_transformer(args, None, size=8, channels=1, num_classes=None)
+        expected = {"sample_size": 8, "in_channels": 1, "num_classes": None, "learn_sigma": args.learn_sigma}
+        model = make_transformer(args, None, expected)
         assert (model.config.num_layers, model.config.num_attention_heads, model.config.patch_size) == (12, 6, 2)
         assert (model.config.sample_size, model.config.in_channels, model.config.num_classes) == (8, 1, None)
         assert model.config.qk_norm == "rms_norm"
