@@ -10,7 +10,13 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
-from .pipelines import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaUNetPipeline
+from .pipelines import (
+    DynaDiTInpaintPipeline,
+    DynaDiTPipeline,
+    DynaDiTTextToImagePipeline,
+    DynaDiTUpscalePipeline,
+    DynaUNetPipeline,
+)
 from .schedulers import (
     FlowMatchODEScheduler,
     FlowMatchPath,
@@ -23,9 +29,11 @@ from .schedulers import (
 __version__ = "0.1.0.dev0"
 __all__ = [
     "DYNA_DIT_CONFIGS",
+    "DynaDiTInpaintPipeline",
     "DynaDiTPipeline",
     "DynaDiTTextToImagePipeline",
     "DynaDiTTransformer2DModel",
+    "DynaDiTUpscalePipeline",
     "DynaUNet2DModel",
     "DynaUNetPipeline",
     "FlowMatchODEScheduler",

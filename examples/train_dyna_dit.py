@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
         prediction_type=args.prediction_type,
     )
     validation_inputs = make_validation_inputs(args, source, transform)
-    prepare = None
+    prepare, facts = None, {}
     identity = {"resolution": resolution}
     if args.task == "generate" and vae is not None:
         source, transform = cache_latents(run, source, transform, vae), latents.LatentTransform(vae)
@@ -231,6 +231,7 @@ def main(args: argparse.Namespace) -> None:
         prepare = tasks.make_inpainting(args.seed, accelerator.device, vae)
     elif args.task == "upscale":
         max_noise_level = 350.0 if args.max_noise_level is None else args.max_noise_level
+        facts = {"upscale_factor": args.upscale_factor, "max_noise_level": max_noise_level}
         prepare = tasks.make_upscaling(
             args.seed, accelerator.device, scheduler, args.upscale_factor, max_noise_level, vae
         )
@@ -241,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
     run.start(
         transformer,
         scheduler,
-        lambda model: PIPELINES[args.task](model, scheduler, vae=vae, id2label=source.id2label),
+        lambda model: PIPELINES[args.task](model, scheduler, vae=vae, id2label=source.id2label, **facts),
         source,
         lambda run: make_loader(run, transform),
         identity=identity,

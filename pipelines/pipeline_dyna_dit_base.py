@@ -120,6 +120,13 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"`transformer` was made for another task ({trained_for}) than {type(self).__name__} "
                 f"({task.replace('|', ', ')}). Use {TASKS[trained_for]}."
             )
+        # The image without what is to be painted, and the mask; the low-resolution image.
+        condition_channels = {"inpaint": config.in_channels + 1, "upscale": config.in_channels}.get(trained_for, 0)
+        if config.get("condition_channels", 0) != condition_channels:
+            raise ValueError(
+                f"`transformer` has `condition_channels`={config.condition_channels}, but for the task {trained_for} with "
+                f"`in_channels`={config.in_channels} there must be {condition_channels}. Use a transformer trained for it."
+            )
         if vae is not None and vae.config.latent_channels != config.in_channels:
             raise ValueError(
                 f"`vae` has latents of {vae.config.latent_channels} channels, but `transformer` takes "
@@ -362,23 +369,31 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return "No name in `id2label` is close to it."
         return f"Close names: {', '.join(map(repr, close))}."
 
-    def get_batch_size(self, class_labels=None, prompt=None, prompt_embeds: torch.Tensor | None = None) -> int:
+    def get_batch_size(
+        self,
+        class_labels=None,
+        prompt=None,
+        prompt_embeds: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+    ) -> int:
         """
-        Number of different conditions: entries of `class_labels`, `prompt` or `prompt_embeds`, 1 without any.
+        Number of different conditions: entries of `class_labels`, `prompt`, `prompt_embeds` or `image`, 1 without any.
 
         Args:
             class_labels (`int`, `str` or a list of them, *optional*): labels or names.
             prompt (`str` or `list[str]`, *optional*): texts.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*): text states.
+            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*): images.
 
         Returns:
             `int`: at least 1.
 
         Raises:
-            `ValueError`: on an empty list, and on as many labels as texts are not, unless one of them is single.
+            `ValueError`: on an empty list, and on different numbers of labels, texts and images other than 1.
         """
         sizes = {}
-        for name, value in (("class_labels", class_labels), ("prompt", prompt), ("prompt_embeds", prompt_embeds)):
+        given = {"class_labels": class_labels, "prompt": prompt, "prompt_embeds": prompt_embeds, "image": image}
+        for name, value in given.items():
             if value is not None:
                 is_many = torch.is_tensor(value) or isinstance(value, (list, tuple))
                 sizes[name] = len(value) if is_many else 1
@@ -386,7 +401,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                     raise ValueError(f"`{name}` is empty. Give at least one {name.split('_')[-1].rstrip('s')}.")
         if len(set(sizes.values()) - {1}) > 1:
             listed = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
-            raise ValueError(f"There must be as many labels as prompts, or one of either, but there are: {listed}.")
+            what = "labels as prompts" if image is None else "labels and prompts as images"
+            raise ValueError(f"There must be as many {what}, or one of either, but there are: {listed}.")
         return max(sizes.values(), default=1)
 
     def check_conditions(
@@ -802,8 +818,79 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.scheduler.scale_noise(sample, timesteps, noise)
         return self.scheduler.add_noise(sample, noise, timesteps)
 
+    def read_image(self, image, name: str = "image", channels: int | None = None) -> torch.Tensor:
+        """
+        Images of any kind as one batch.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                Images of one size. Images of Pillow are converted to the number of channels; arrays have shape
+                `(batch_size, height, width, channels)`, tensors `(batch_size, channels, height, width)`, both in
+                [0, 1], and may go without the batch, and without the channels where there is one.
+            name (`str`, defaults to `"image"`): the argument, for messages.
+            channels (`int`, *optional*): `None` is that of what the pipeline draws.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32 in [0, 1].
+
+        Raises:
+            `TypeError`: on something else than images.
+            `ValueError`: on several sizes, on a wrong number of channels, and on values outside [0, 1].
+        """
+        if channels is None:
+            channels = (self.transformer if self.vae is None else self.vae).config.in_channels
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        kinds = {
+            next((kind for kind in (PIL.Image.Image, np.ndarray, torch.Tensor) if isinstance(one, kind)), None)
+            for one in images
+        }
+        if len(kinds) != 1 or None in kinds:
+            raise TypeError(
+                f"`{name}` must be an image of Pillow, an array, a tensor, or a list of one of these kinds, but is "
+                f"{type(image).__name__}{f' of {sorted({type(one).__name__ for one in images})}' if images != [image] else ''}."
+            )
+        batches = []
+        for one in images:
+            if isinstance(one, PIL.Image.Image):
+                if channels not in (1, 3):
+                    raise ValueError(
+                        f"`{name}` must have {channels} channels. Give a tensor instead of an image of Pillow."
+                    )
+                one = np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+            shape = tuple(one.shape)
+            is_array = isinstance(one, np.ndarray)
+            one = torch.as_tensor(one)
+            if one.ndim == 2:
+                one = one[None, None]
+            elif one.ndim == 3:
+                has_channels = shape[-1 if is_array else 0] == channels
+                one = one[None] if has_channels else one.unsqueeze(-1 if is_array else 1)
+            if is_array and len(shape) > 2:
+                one = one.permute(0, 3, 1, 2)
+            if one.ndim != 4 or one.shape[1] != channels or 0 in shape:
+                expected = "(height, width, channels)" if is_array else "(channels, height, width)"
+                raise ValueError(
+                    f"`{name}` must have shape {expected} with {channels} channels, or a batch of them, but has shape {shape}."
+                )
+            batches.append(one.float())
+        sizes = sorted({tuple(batch.shape[2:]) for batch in batches})
+        if len(sizes) > 1:
+            listed = ", ".join(f"{height} x {width}" for height, width in sizes)
+            raise ValueError(f"`{name}` has images of several sizes: {listed}. Call the pipeline for each of them.")
+        batch = torch.cat(batches)
+        lowest, highest = batch.min().item(), batch.max().item()
+        if not 0 <= lowest <= highest <= 1:
+            raise ValueError(
+                f"`{name}` must have values in [0, 1], but they are in [{lowest:g}, {highest:g}]. Divide bytes by 255, "
+                "and shift what is in [-1, 1] by `image / 2 + 0.5`."
+            )
+        return batch
+
     def encode_image(
-        self, image: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+        self,
+        image: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample_mode: str = "sample",
     ) -> torch.Tensor:
         """
         Encodes images by the VAE.
@@ -812,6 +899,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             image (`torch.Tensor` of shape `(batch_size, channels, height, width)`): in [-1, 1].
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Draws from the VAE's posterior. A list has one for each image.
+            sample_mode (`str`, defaults to `"sample"`): `"sample"` draws, `"argmax"` is the mean of the posterior.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, float32, scaled by
@@ -821,10 +909,13 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
-            return torch.cat([self.encode_image(image[i : i + 1], one) for i, one in enumerate(generator)])
+            rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
+            return torch.cat(rows)
         output = self.vae.encode(image.to(self.vae.dtype))
-        is_posterior = hasattr(output, "latent_dist")  # AutoencoderTiny has none
-        latents = output.latent_dist.sample(generator) if is_posterior else output.latents
+        if not hasattr(output, "latent_dist"):  # AutoencoderTiny has none
+            latents = output.latents
+        else:
+            latents = output.latent_dist.sample(generator) if sample_mode == "sample" else output.latent_dist.mode()
         return (latents.float() - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:

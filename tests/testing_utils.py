@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import diffusers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -155,7 +156,10 @@ def mixed_dyna_dit(arguments: dict, **config) -> DynaDiTTransformer2DModel:
         with torch.no_grad():
             output = model(**arguments, output_masks=True)
         groups = torch.cat([output.attn_masks, output.mlp_masks], dim=2)
-        timesteps_count = len(arguments["timestep"].unique()) == 1 or (groups[0] != groups[-1]).any()
+        is_same_time = len(arguments["timestep"].unique()) == 1
+        timesteps_count = is_same_time or (groups[0] != groups[-1]).any()
+        if (cross := output.cross_attn_masks) is not None:
+            timesteps_count &= (cross == 0).any() and (is_same_time or (cross[0] != cross[-1]).any())
         if masks_are_mixed(output) and timesteps_count and (output.token_masks.sum(dim=(0, 2)) > 0).all():
             return model
     raise AssertionError(f"no mixed masks with {config}")
@@ -188,6 +192,25 @@ EULER_KEEPS_GIVEN_TIMES = Version(diffusers.__version__) >= Version("0.42.0.dev0
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Memory of a tensor."""
     return tensor.untyped_storage().nbytes()
+
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
+    return sdpa_flop(query, key, value)
+
+
+def onednn_flops(input, weight, *args, out_shape, **kwargs) -> int:
+    return 2 * math.prod(input) * weight[0]
+
+
+def counted_macs(model, arguments: dict, **overrides) -> float:
+    """Multiply-accumulates per sample that torch saw; its counter knows neither the CPU's attention nor oneDNN."""
+    unknown = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        torch.ops.mkldnn._linear_pointwise: onednn_flops,
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=unknown) as counter:
+        model(**{**arguments, **overrides})
+    return counter.get_total_flops() / 2 / len(arguments["hidden_states"])
 
 
 def tiny_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:

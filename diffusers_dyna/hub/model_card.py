@@ -39,9 +39,21 @@ FACTS = {
     "sample_grid": (dict,),
     "seed": (int,),
     "steps": (int,),
+    "text_encoder": (dict,),
     "train_batch_size": (int,),
     "train_hours": (int, float),
     "versions": (dict,),
+}
+# What the pipelines of other tasks than drawing from nothing, a class or a text do, and their tag.
+IMAGE_TASKS = {
+    "DynaDiTImg2ImgPipeline": ("redraws images", "image-to-image"),
+    "DynaDiTInpaintPipeline": ("paints the masked part of images", "inpainting"),
+    "DynaDiTUpscalePipeline": ("enlarges images", "super-resolution"),
+}
+# Arguments for which the example of a card reads a picture of the user's.
+INPUT_PICTURES = {
+    "image": ("image.png", "your picture"),
+    "mask_image": ("mask.png", "white where to paint"),
 }
 # Of a dynamic transformer, as the training script draws them.
 ACTIVITY_PICTURES = {
@@ -138,6 +150,11 @@ class PipelineFolder:
     @property
     def has_text_encoder(self) -> bool:
         return any(name.startswith("text_encoder") for name in self.components)
+
+    @property
+    def image_task(self) -> tuple[str, str] | None:
+        """What a pipeline that is given an image does with it, and the tag of that; else None."""
+        return IMAGE_TASKS.get(self.pipeline_class.__name__)
 
 
 def read_pipeline_folder(pipeline_dir: str | Path) -> PipelineFolder:
@@ -259,15 +276,17 @@ def create_model_card(
             Folder of the pipeline. Its `training_summary.json`, if any, tells how the model was trained.
         repo_id (`str`): repository that the card is for, `"owner/name"`; the code in the card loads from it.
         facts (`dict`, *optional*):
-            Facts that replace or extend those of `training_summary.json`, with the same keys, and two more: `limits`
-            (list of sentences) and `citation` (BibTeX of this very model).
+            Facts that replace or extend those of `training_summary.json`, with the same keys, and three more: `limits`
+            (list of sentences), `citation` (BibTeX of this very model) and `text_encoder` (`name`, `url`, `license` and
+            `max_sequence_length`; without it, what the script's arguments tell).
         license (`str`, *optional*): licence of the weights, as the Hub names it (`"apache-2.0"`).
         datasets (`str` or `list[str]`, *optional*): ids on the Hub of the training data.
         base_model (`str` or `list[str]`, *optional*): id on the Hub of the model that this one was trained from.
         tags (`list[str]`, *optional*): further tags.
         pipeline_tag (`str`, *optional*):
-            Task as the Hub names it. `None` is `"text-to-image"` for a pipeline with a text encoder and
-            `"unconditional-image-generation"`, the Hub's name for class-conditional models too, for the others.
+            Task as the Hub names it. `None` is `"image-to-image"` for a pipeline that is given an image,
+            `"text-to-image"` for another one with a text encoder, and `"unconditional-image-generation"`, the Hub's
+            name for class-conditional models too, for the others.
         remote_code_revision (`str`, defaults to `"remote-code"`):
             Branch or commit of the repository that holds the code of the classes. A commit is called pinned.
 
@@ -286,14 +305,19 @@ def create_model_card(
     data = ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag=pipeline_tag
-        or ("text-to-image" if folder.has_text_encoder else "unconditional-image-generation"),
+        pipeline_tag=pipeline_tag or _pipeline_tag(folder),
         tags=_tags(folder, objective, tags),
         datasets=_as_list(datasets) or _hub_dataset(facts.get("dataset", {})),
         base_model=base_model,
     )
+    arguments = facts.get("args", {})
+    text_encoder = {
+        "name": arguments.get("text_encoder"),
+        "max_sequence_length": arguments.get("max_sequence_length"),
+        **facts.get("text_encoder", {}),
+    }
     sections = [
-        f"# {repo_id.split('/')[-1]}\n\n{_description(folder, objective)}",
+        f"# {repo_id.split('/')[-1]}\n\n{_description(folder, objective, text_encoder)}",
         _loading(folder, repo_id, remote_code_revision, facts.get("sample_grid", {})),
         _samples(facts.get("sample_grid", {})),
         _activity(folder),
@@ -304,6 +328,12 @@ def create_model_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _pipeline_tag(folder: PipelineFolder) -> str:
+    if folder.image_task is not None:
+        return "image-to-image"
+    return "text-to-image" if folder.has_text_encoder else "unconditional-image-generation"
 
 
 def gather_facts(folder: PipelineFolder, facts: dict | None) -> dict:
@@ -395,6 +425,8 @@ def _tags(folder: PipelineFolder, objective: str | None, tags: list[str] | None)
         own.append("dynamic-dit")
     if folder.num_classes:
         own.append("class-conditional")
+    if folder.image_task is not None and folder.image_task[1] != _pipeline_tag(folder):
+        own.append(folder.image_task[1])
     return own + [tag for tag in tags or [] if tag not in own]
 
 
@@ -439,14 +471,18 @@ def _objective(folder: PipelineFolder, objective: str) -> str:
     return OBJECTIVES[objective]
 
 
-def _description(folder: PipelineFolder, objective: str | None) -> str:
+def _description(folder: PipelineFolder, objective: str | None, text_encoder: dict) -> str:
     size, num_classes = _image_size(folder), folder.num_classes
-    images = f"images of {size} pixels" if size else "images"
+    does = folder.image_task[0] if folder.image_task is not None else "draws images"
+    if folder.image_task is not None and size:
+        does += f", at {size} pixels,"
+    elif size:
+        does += f" of {size} pixels"
     if folder.has_text_encoder:
-        images += " from a text"
+        does += " from a text" if folder.image_task is None else " as a text says"
     elif num_classes:
-        images += f" of {num_classes:,} classes"
-    text = f"A [diffusers](https://github.com/huggingface/diffusers) pipeline that draws {images}"
+        does += f" of {num_classes:,} classes"
+    text = f"A [diffusers](https://github.com/huggingface/diffusers) pipeline that {does.rstrip(',')}"
     text += f" by {_objective(folder, objective)}." if objective else "."
 
     rows = []
@@ -456,8 +492,21 @@ def _description(folder: PipelineFolder, objective: str | None) -> str:
             details.append(f"{parameters[0]:,} parameters ({parameters[1]})")
         if name in folder.own_classes and folder.config(name).get("sample_size") is not None and size is None:
             details.append(f"sample size {folder.config(name)['sample_size']}")
+        if name == "text_encoder":
+            config = folder.config(name)
+            if width := config.get("hidden_size") or config.get("d_model"):
+                details.append(f"hidden states of {width} channels")
         rows.append([f"`{name}`", f"`{class_name}`", ", ".join(details)])
     text += "\n\n" + _table(rows, ["Component", "Class", "Size"])
+
+    if folder.has_text_encoder and text_encoder["name"]:
+        name, url = text_encoder["name"], text_encoder.get("url") or ""
+        text += "\n\nThe text encoder is " + (f"[{name}]({url})" if url.startswith("https://") else name)
+        if text_encoder.get("license"):
+            text += f", licence {text_encoder['license']}"
+        if text_encoder["max_sequence_length"]:
+            text += f"; captions had at most {text_encoder['max_sequence_length']} tokens in training"
+        text += "."
 
     names = folder.index.get("id2label")
     if isinstance(names, dict) and 0 < len(names) <= 20:
@@ -473,11 +522,11 @@ def _description(folder: PipelineFolder, objective: str | None) -> str:
 def _example_call(folder: PipelineFolder, grid: dict) -> str:
     """Arguments of a call of the pipeline that runs, with the settings of the sample grid where they are known."""
     parameters = inspect.signature(folder.pipeline_class.__call__).parameters
-    arguments = []
+    arguments = [f"{name}={name}" for name in INPUT_PICTURES if name in parameters]
     if folder.has_text_encoder and "prompt" in parameters:
         arguments.append('prompt="a lighthouse on a cliff"')
     elif folder.num_classes and "class_labels" in parameters:
-        labels: list = list(range(min(2, folder.num_classes)))
+        labels: list = list(range(1 if folder.image_task is not None else min(2, folder.num_classes)))
         names = folder.index.get("id2label") or {}
         shared = Counter(part.strip() for name in names.values() for part in name.split(","))
         if all("," not in names.get(str(label), ",") and shared[names[str(label)].strip()] == 1 for label in labels):
@@ -493,9 +542,15 @@ def _example_call(folder: PipelineFolder, grid: dict) -> str:
 def _loading(folder: PipelineFolder, repo_id: str, remote_code_revision: str, grid: dict) -> str:
     class_name = folder.pipeline_class.__name__
     call = _example_call(folder, grid)
+    pictures = "".join(
+        f'{name} = load_image("{file}")  # {what}\n'
+        for name, (file, what) in INPUT_PICTURES.items()
+        if name in inspect.signature(folder.pipeline_class.__call__).parameters
+    )
+    load_image = "from diffusers.utils import load_image\n" if pictures else ""
     draw = (
         'pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"images = pipe(\n{call}\n).images\n"
+        f"{pictures}images = pipe(\n{call}\n).images\n"
         'images[0].save("sample.png")'
     )
     parts = ", ".join(
@@ -519,7 +574,7 @@ With the package `diffusers-dyna`:
 
 ```python
 import torch
-from diffusers_dyna import {class_name}
+{load_image}from diffusers_dyna import {class_name}
 
 pipe = {class_name}.from_pretrained("{repo_id}")
 {draw}
@@ -532,7 +587,7 @@ Without the package, with `{requirement}` and the code in this repository:
 ```python
 import torch
 from diffusers import DiffusionPipeline
-
+{load_image}
 pipe = DiffusionPipeline.from_pretrained(
     "{repo_id}",
     revision="{remote_code_revision}",

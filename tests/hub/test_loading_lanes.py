@@ -18,9 +18,15 @@ from PIL import Image
 
 from huggingface_hub import constants
 
-from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
+from diffusers_dyna import (
+    DynaDiTPipeline,
+    DynaDiTTextToImagePipeline,
+    DynaDiTTransformer2DModel,
+    FlowMatchODEScheduler,
+)
 from diffusers_dyna.hub import publish
 
+from ..pipelines.dyna_dit_common import TEXT, tiny_dit, tiny_text_encoder, tiny_tokenizer
 from .conftest import save_tiny_pipeline, write_training_summary
 from .loopback_hub import LoopbackHub
 
@@ -33,14 +39,18 @@ class Family:
     Args:
         save (`Callable`): saves a tiny pipeline in a folder and returns it.
         pipeline (`str`): name of its class.
-        components (`dict[str, str]`): class name of each component that the package defines.
+        components (`dict[str, str]`): module and name of each component's class.
         call (`dict`): arguments of a call, without generator and output type.
+        card_call (`dict`): what the example in the card draws.
+        has_names (`bool`): whether it takes `id2label`.
     """
 
     save: Callable
     pipeline: str
     components: dict[str, str]
     call: dict
+    card_call: dict
+    has_names: bool = True
 
 
 def save_tiny_dit_pipeline(folder):
@@ -69,18 +79,45 @@ def save_tiny_dit_pipeline(folder):
     return pipeline
 
 
+def save_tiny_text_pipeline(folder):
+    """Saves an 8x8 pipeline in pixel space that reads text, with its text encoder and tokenizer."""
+    transformer = tiny_dit(**TEXT, in_channels=1, learn_sigma=False)
+    pipeline = DynaDiTTextToImagePipeline(transformer, FlowMatchODEScheduler(), tiny_text_encoder(), tiny_tokenizer())
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+CARD_LABELS = {"class_labels": [0, 1]}
+DIT = {
+    "transformer": "diffusers_dyna.DynaDiTTransformer2DModel",
+    "scheduler": "diffusers_dyna.FlowMatchODEScheduler",
+}
 FAMILIES = {
     "unet": Family(
         save=save_tiny_pipeline,
         pipeline="DynaUNetPipeline",
-        components={"unet": "DynaUNet2DModel", "scheduler": "FlowMatchODEScheduler"},
+        components={"unet": "diffusers_dyna.DynaUNet2DModel", "scheduler": "diffusers_dyna.FlowMatchODEScheduler"},
         call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
+        card_call=CARD_LABELS,
     ),
     "dit": Family(
         save=save_tiny_dit_pipeline,
         pipeline="DynaDiTPipeline",
-        components={"transformer": "DynaDiTTransformer2DModel", "scheduler": "FlowMatchODEScheduler"},
+        components=DIT,
         call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
+        card_call=CARD_LABELS,
+    ),
+    "text": Family(
+        save=save_tiny_text_pipeline,
+        pipeline="DynaDiTTextToImagePipeline",
+        components={
+            **DIT,
+            "text_encoder": "transformers.BertModel",
+            "tokenizer": "transformers.PreTrainedTokenizerFast",
+        },
+        call={"prompt": ["a big red square", "dark"], "num_inference_steps": 3, "guidance_scale": 2.0},
+        card_call={"prompt": "a lighthouse on a cliff"},
+        has_names=False,
     ),
 }
 
@@ -111,10 +148,10 @@ LOAD = {
         "pipe = DiffusionPipeline.from_pretrained({source!r}, trust_remote_code=True{revision})"
     ),
     "subfolders": (
-        "import diffusers_dyna\n"
-        "parts = {{name: getattr(diffusers_dyna, cls).from_pretrained({source!r}, subfolder=name)"
+        "import diffusers_dyna, pydoc\n"
+        "parts = {{name: pydoc.locate(cls).from_pretrained({source!r}, subfolder=name)"
         " for name, cls in {components!r}.items()}}\n"
-        "pipe = diffusers_dyna.{pipeline}(**parts, id2label={id2label!r})"
+        "pipe = diffusers_dyna.{pipeline}(**parts, **{settings!r})"
     ),
 }
 
@@ -134,7 +171,7 @@ class Published:
     local: dict[str, str]  # folder with the files of each revision
     remote_code_commit: str
     images: np.ndarray  # of the pipeline in memory, before it was saved
-    id2label: dict[int, str]
+    settings: dict  # further arguments of the pipeline's class
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -160,7 +197,8 @@ def published(request, tmp_path_factory):
                 file = folder / branch / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-        yield Published(hub, repo.repo_id, family, local, repo.remote_code_commit, images, pipeline.id2label)
+        settings = {"id2label": pipeline.id2label} if family.has_names else {}
+        yield Published(hub, repo.repo_id, family, local, repo.remote_code_commit, images, settings)
 
 
 def run(code: str, published: Published, folder: Path) -> subprocess.CompletedProcess:
@@ -183,7 +221,7 @@ def load_and_draw(lane: str, published: Published, folder: Path, source: str, re
         revision=f", revision={revision!r}" if revision else "",
         pipeline=family.pipeline,
         components=family.components,
-        id2label=published.id2label,
+        settings=published.settings,
     ) + DRAW.format(call=family.call)
     done = run(code, published, folder)
     assert done.returncode == 0, done.stderr
@@ -250,17 +288,13 @@ def test_the_code_in_the_card_runs(published, tmp_path, with_package):
 
     # The picture that the card promises: settings and seed of the sample grid.
     expected = published.family.save(tmp_path / "again")(
-        **first_two_classes(published),
+        **published.family.card_call,
         num_inference_steps=4,
         guidance_scale=2.0,
         generator=torch.Generator().manual_seed(7),
     ).images[0]
     drawn = np.asarray(Image.open(tmp_path / "sample.png"), dtype=int)
     assert np.abs(drawn - np.asarray(expected, dtype=int)).max() <= 1  # one grey level, for rounding
-
-
-def first_two_classes(published: Published) -> dict:
-    return {"class_labels": [0, 1]} if published.id2label else {}
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import pytest
 
 from huggingface_hub import ModelCard
 
-from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline, FlowMatchODEScheduler
+from diffusers_dyna import DynaDiTTextToImagePipeline, DynaUNet2DModel, DynaUNetPipeline, FlowMatchODEScheduler
 from diffusers_dyna.hub import create_model_card
 from diffusers_dyna.hub.model_card import without_local_paths
 
+from ..pipelines.dyna_dit_common import TEXT, tiny_dit, tiny_text_encoder, tiny_tokenizer
 from .conftest import write_training_summary
 
 
@@ -168,6 +169,31 @@ def test_an_unconditional_model(tmp_path):
     assert "draws images of 8 x 16 pixels by flow matching" in card.text
     assert "class_labels" not in card.text
     assert "lasses" not in card.text.split("## Citation")[0].replace("classes. ", "")
+
+
+def test_a_text_to_image_model(tmp_path):
+    encoder = tiny_text_encoder("t5")
+    pipe = DynaDiTTextToImagePipeline(tiny_dit(**TEXT), FlowMatchODEScheduler(), encoder, tiny_tokenizer())
+    pipe.save_pretrained(tmp_path)
+    card = create_model_card(tmp_path, "ada/moji")
+    assert card.data.pipeline_tag == "text-to-image" and "class-conditional" not in card.data.tags
+    assert "draws images of 8 x 8 pixels from a text by flow matching" in card.text
+    num_parameters = sum(p.numel() for p in encoder.parameters())
+    row = f"| `text_encoder` | `T5EncoderModel` | {num_parameters:,} parameters (F32), hidden states of 16 channels |"
+    assert row in card.text
+    assert "The text encoder is" not in card.text
+    assert card.text.count('    prompt="a lighthouse on a cliff",') == 2
+    assert "class_labels" not in card.text and "load_image" not in card.text
+    assert headings(card) == ["moji", "How to use", "Limits", "Citation"]
+
+    facts = {"args": {"text_encoder": "/home/ada/flan-t5-base", "max_sequence_length": 24}}
+    text = create_model_card(tmp_path, "ada/moji", facts=facts).text
+    assert "The text encoder is flan-t5-base; captions had at most 24 tokens in training." in text
+    facts["text_encoder"] = {"name": "flan-t5", "url": "https://huggingface.co/google/flan-t5-base", "license": "mit"}
+    text = create_model_card(tmp_path, "ada/moji", facts=facts).text
+    assert (
+        "The text encoder is [flan-t5](https://huggingface.co/google/flan-t5-base), licence mit; captions had" in text
+    )
 
 
 def test_names_that_are_no_unique_key_are_not_used_in_the_example(pipeline_dir):

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from diffusers import AutoModel, DiTTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
@@ -44,6 +43,7 @@ from ..testing_utils import (
     TINY_DIT,
     UNCONDITIONAL,
     assert_mixed,
+    counted_macs,
     dit_inputs,
     mixed_dyna_dit,
     randn,
@@ -778,25 +778,6 @@ def test_gates_learn_which_layer_is_useless(router_mode, harms):
 
 
 # Costs
-
-
-def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
-    return sdpa_flop(query, key, value)
-
-
-def onednn_flops(input, weight, *args, out_shape, **kwargs) -> int:
-    return 2 * math.prod(input) * weight[0]
-
-
-def counted_macs(model, arguments: dict, **overrides) -> float:
-    """Multiply-accumulates per sample that torch saw; its counter knows neither the CPU's attention nor oneDNN."""
-    unknown = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-        torch.ops.mkldnn._linear_pointwise: onednn_flops,
-    }
-    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-        run(model, arguments, **overrides)
-    return counter.get_total_flops() / 2 / len(arguments["hidden_states"])
 
 
 @pytest.mark.parametrize("router_mode", MODES)
