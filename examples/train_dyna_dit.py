@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains a dynamic diffusion transformer, from scratch or from a static, converted or dynamic checkpoint, in pixels or in
-the latents of a VAE, by flow matching or DDPM.
+Trains a dynamic diffusion transformer to draw images of classes, to fill holes in images or to enlarge them, from
+scratch or from a static, converted or dynamic checkpoint, in pixels or in the latents of a VAE, by flow matching or DDPM.
 
 A static model of Fashion-MNIST on a CPU, then the same model at a budget of 0.6, and its control, fine-tuned for just
 as long without one:
@@ -13,6 +13,17 @@ as long without one:
         --output_dir outputs/budget-0.6
     python examples/train_dyna_dit.py --pretrained_model_name_or_path outputs/static --static \
         --dataset fashion-mnist --data_root data/fashion-mnist --resolution 32 --output_dir outputs/control
+
+Inpainting from the weights of that static model (what is new starts at zero), and super-resolution of the images' own
+28 pixels from 14:
+
+    python examples/train_dyna_dit.py --task inpaint --static --pretrained_model_name_or_path outputs/static \
+        --dataset fashion-mnist --data_root data/fashion-mnist --resolution 32 --output_dir outputs/inpaint
+    python examples/train_dyna_dit.py --task upscale --upscale_factor 2 --static --dataset fashion-mnist \
+        --data_root data/fashion-mnist --patch_size 4 --num_layers 6 --num_attention_heads 8 --attention_head_dim 16 \
+        --output_dir outputs/upscale
+
+Either goes on to a budget as above, from `--pretrained_model_name_or_path outputs/inpaint` with the same `--task`.
 
 A converted DiT-XL/2 to a budget of 0.5, as the paper does it, on eight GPUs (not run by the authors):
 
@@ -97,11 +108,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     arguments.add_budget_arguments(parser)
     arguments.add_objective_arguments(parser)
-    parser.add_argument(
-        "--learn_sigma",
-        action="store_true",
-        help="Learn the variances too, by the variational bound; with --objective epsilon.",
-    )
     arguments.add_optimization_arguments(parser)
     arguments.add_run_arguments(parser, output_dir="outputs/dyna-dit")
     return parser

@@ -41,7 +41,7 @@ from accelerate.utils import set_seed
 from diffusers_dyna import DynaDiTTextToImagePipeline
 from diffusers_dyna.conversion import sort_by_importance
 from diffusers_dyna.hub import check_can_publish
-from diffusers_dyna.training import arguments, captions, data, dynamic, latents, objectives
+from diffusers_dyna.training import arguments, captions, data, dynamic, latents, objectives, tasks
 from diffusers_dyna.training.randomness import keyed_seed
 from diffusers_dyna.training.run import TrainingRun, cache_latents, load_vae, make_loader
 
@@ -80,11 +80,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     arguments.add_budget_arguments(parser)
     arguments.add_objective_arguments(parser)
-    parser.add_argument(
-        "--learn_sigma",
-        action="store_true",
-        help="Learn the variances too, by the variational bound; with --objective epsilon.",
-    )
     arguments.add_optimization_arguments(parser)
     arguments.add_run_arguments(parser, output_dir="outputs/text-to-image")
     parser.add_argument(
@@ -201,12 +196,6 @@ def main(args: argparse.Namespace) -> None:
     if vae is not None:
         source, transform = cache_latents(run, source, transform, vae), latents.LatentTransform(vae)
 
-    def prepare(batch: dict) -> tuple:
-        chosen = texts.draw(args.seed, batch["sample_indices"], batch["image_indices"])
-        states, mask = (tensor.to(accelerator.device) for tensor in texts.encode(chosen))
-        conditions = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        return batch["pixel_values"].to(accelerator.device), None, conditions
-
     # 2. Model, optimizer, averages, data
     run.start(
         transformer,
@@ -217,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
         identity={"resolution": resolution, "captions": texts.fingerprint()},
         defaults=vars(make_parser().parse_args([])),
         parameter_groups=dynamic.parameter_groups(transformer, args),
-        prepare=prepare,
+        prepare=tasks.make_captioning(args.seed, accelerator.device, texts),
         validation_inputs=validation_inputs,
     )
     loss = dynamic.DynamicLoss(run, num_text_tokens=texts.num_tokens)

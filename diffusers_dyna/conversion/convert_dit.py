@@ -312,7 +312,7 @@ def sort_by_importance(model: DynaDiTTransformer2DModel) -> DynaDiTTransformer2D
         str(i)
         for i, block in enumerate(model.transformer_blocks)
         # They start at zero: the same for every head and every timestep.
-        if block.attn_rate.weight.any() or block.mlp_rate.weight.any()
+        if any(router.weight.any() for router in block.group_routers())
     ]
     if trained:
         raise ValueError(
@@ -320,14 +320,9 @@ def sort_by_importance(model: DynaDiTTransformer2DModel) -> DynaDiTTransformer2D
             "Sort before fine-tuning."
         )
     for block in model.transformer_blocks:
-        attn, heads = block.attn, block.attn.heads
-        _, _, value = attn.qkv.weight.detach().float().unflatten(0, (3, heads, -1))  # (heads, head_dim, D)
-        output = attn.to_out[0].weight.detach().float().unflatten(1, (heads, -1))  # (D, heads, head_dim)
-        importance = value.norm(dim=(1, 2)) * output.norm(dim=(0, 2))
-        order = importance.argsort(descending=True, stable=True)
-        for parameter in attn.qkv.parameters():
-            _permute_(parameter, 0, (3, heads, -1), order)
-        _permute_(attn.to_out[0].weight, 1, (1, heads, -1), order)
+        _sort_heads_(block.attn, {block.attn.qkv: 3})
+        if block.cross_attn is not None:
+            _sort_heads_(block.cross_attn, {block.cross_attn.to_q: 1, block.cross_attn.to_kv: 2})
 
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
         importance = fc1.weight.detach().float().norm(dim=1) * fc2.weight.detach().float().norm(dim=0)
@@ -336,6 +331,21 @@ def sort_by_importance(model: DynaDiTTransformer2DModel) -> DynaDiTTransformer2D
             _permute_(parameter, 0, (1, -1, 1), order)
         _permute_(fc2.weight, 1, (1, -1, 1), order)
     return model
+
+
+@torch.no_grad()
+def _sort_heads_(attn: torch.nn.Module, num_stacked: dict[torch.nn.Linear, int]) -> None:
+    """Reorders the heads of an attention whose layers stack so many of query, key and value; the value is the last."""
+    heads = attn.heads
+    layer, stacked = list(num_stacked.items())[-1]
+    value = layer.weight.detach().float().unflatten(0, (stacked, heads, -1))[-1]  # (heads, head_dim, D)
+    output = attn.to_out[0].weight.detach().float().unflatten(1, (heads, -1))  # (D, heads, head_dim)
+    importance = value.norm(dim=(1, 2)) * output.norm(dim=(0, 2))
+    order = importance.argsort(descending=True, stable=True)
+    for layer, stacked in num_stacked.items():
+        for parameter in layer.parameters():
+            _permute_(parameter, 0, (stacked, heads, -1), order)
+    _permute_(attn.to_out[0].weight, 1, (1, heads, -1), order)
 
 
 @torch.no_grad()

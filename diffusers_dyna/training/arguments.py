@@ -146,6 +146,9 @@ def add_transformer_arguments(parser: argparse.ArgumentParser):
     """
     The shape of a dynamic transformer, or the weights it starts from.
 
+    Args:
+        parser (`argparse.ArgumentParser`): to add them to.
+
     Returns:
         The group, for what else a script's model has.
     """
@@ -159,6 +162,11 @@ def add_transformer_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--mlp_ratio", type=float, help="Hidden width of the MLP over the width. Default: 4.")
     group.add_argument(
         "--qk_norm", choices=("layer_norm", "rms_norm"), help="Norm of queries and keys. Default: none."
+    )
+    group.add_argument(
+        "--learn_sigma",
+        action="store_true",
+        help="Learn the variances too, by the variational bound; with --objective epsilon.",
     )
     group.add_argument(
         "--router_mode",
@@ -441,7 +449,7 @@ def check_transformer_arguments(args: argparse.Namespace, defaults: argparse.Nam
     Raises on everything about a dynamic transformer that can be known to be wrong before data and model are touched.
 
     Args:
-        args (`argparse.Namespace`): of a parser with the latents, transformer and budget groups and `--learn_sigma`.
+        args (`argparse.Namespace`): of a parser with the latents, transformer and budget groups.
         defaults (`argparse.Namespace`): what the parser gives without arguments.
 
     Raises:

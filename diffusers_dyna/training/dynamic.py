@@ -108,7 +108,8 @@ class DynamicLoss:
         run.end_step(step, **loss.sums)
 
     Args:
-        run ([`TrainingRun`]): started, with the arguments of `add_budget_arguments` and `--learn_sigma`.
+        run ([`TrainingRun`]): started, with the arguments of `add_transformer_arguments` and
+            `add_budget_arguments`.
         num_text_tokens (`int`, *optional*): tokens of a caption, for a model with captions.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from diffusers import AutoencoderKL, SchedulerMixin
 
+from .captions import EncodedCaptions
 from .degradation import downscale, enlarge
 from .masks import random_masks
 from .randomness import keyed_randn, keyed_uniform
@@ -114,5 +115,30 @@ def make_upscaling(
         noise_level = max_noise_level * keyed_uniform(seed, "noise_level", indices).float().to(device)
         noise = keyed_randn(seed, "low_resolution_noise", indices, low.shape[1:]).to(device)
         return samples, scheduler.add_noise(low, noise, noise_level), {"noise_level": noise_level}
+
+    return prepare
+
+
+def make_captioning(seed: int, device: torch.device, texts: EncodedCaptions) -> Callable[[dict], tuple]:
+    """
+    Text to image: the condition is the states of one caption of each image. The mask of the tokens is left out where
+    nothing is masked.
+
+    Args:
+        seed (`int`): seed of the run.
+        device (`torch.device`): where the model is.
+        texts ([`EncodedCaptions`]): of the images.
+
+    Returns:
+        `Callable`: from a batch of [`collate_examples`] to samples, `None`, and `encoder_hidden_states` with
+        `encoder_attention_mask`.
+    """
+
+    def prepare(batch: dict) -> tuple[torch.Tensor, None, dict]:
+        states, mask = texts.encode(texts.draw(seed, batch["sample_indices"], batch["image_indices"]))
+        conditions = {"encoder_hidden_states": states.to(device)}
+        if not mask.all():
+            conditions["encoder_attention_mask"] = mask.to(device)
+        return batch["pixel_values"].to(device), None, conditions
 
     return prepare

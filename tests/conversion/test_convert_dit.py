@@ -20,7 +20,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers_dyna import DynaDiTTransformer2DModel, FlowMatchODEScheduler
 from diffusers_dyna.conversion import convert_diffusers_dit, convert_dit_checkpoint, sort_by_importance
 
-from ..testing_utils import randn
+from ..testing_utils import randn, tiny_dyna_dit
 
 
 GOLDEN = Path(__file__).parents[1] / "data" / "dydit_tiny.safetensors"
@@ -726,6 +726,29 @@ def test_sort_by_importance(state, inputs, qk_norm, router_mode):
         torch.testing.assert_close(model(x, t, y).sample, complete, **CLOSE)
         once = {key: value.clone() for key, value in model.state_dict().items()}
         torch.testing.assert_close(sort_by_importance(model).state_dict(), once, rtol=0, atol=0)
+
+
+def test_sorting_the_heads_that_read_the_text():
+    model = tiny_dyna_dit(num_classes=None, cross_attention_dim=24, caption_channels=16, qk_norm="rms_norm")
+    for block in model.transformer_blocks:
+        model.initialize_routers(block)
+
+    def importances():
+        for block in model.transformer_blocks:
+            value = block.cross_attn.to_kv.weight[32:].unflatten(0, (4, 8)).norm(dim=(1, 2))
+            yield value * block.cross_attn.to_out[0].weight.unflatten(1, (4, 8)).norm(dim=(0, 2))
+
+    inputs = {"hidden_states": randn(2, 4, 8, 8), "timestep": 300.0, "encoder_hidden_states": randn(2, 5, 16, seed=1)}
+    with torch.no_grad():
+        before, expected = list(importances()), model(**inputs, complete_model=True).sample
+        assert not all(is_descending(values) for values in before)
+        sort_by_importance(model)
+        for values, sorted_values in zip(before, importances(), strict=True):
+            torch.testing.assert_close(sorted_values, values.sort(descending=True).values)
+        torch.testing.assert_close(model(**inputs, complete_model=True).sample, expected, **CLOSE)
+        model.transformer_blocks[2].cross_attn_rate.weight[0, 0] = 1e-3
+    with pytest.raises(ValueError, match=r"trained routers \(blocks 2\)"):
+        sort_by_importance(model)
 
 
 def test_sorting_makes_a_narrow_model_better(state, inputs):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions of image folders and data sets, and the cache of their embeddings, against the encoder itself."""
 
+import argparse
 import csv
 import json
 import pickle
@@ -22,7 +23,15 @@ from diffusers_dyna.training.captions import (
     find_text_encoder,
     load_text_encoder,
 )
-from diffusers_dyna.training.data import CaptionFolderSource, HubDatasetSource, load_digits
+from diffusers_dyna.training.data import (
+    CaptionFolderSource,
+    HubDatasetSource,
+    ImageTransform,
+    TrainingImages,
+    collate_examples,
+    load_digits,
+    open_image_source,
+)
 
 from ..testing_utils import logged_warnings, tiny_text_encoder, tiny_tokenizer
 
@@ -113,6 +122,14 @@ class TestFolder:
             (tmp_path / f"metadata.{suffix}").unlink()
         with pytest.raises(ValueError, match="must have metadata.jsonl or metadata.csv .*, but has neither"):
             CaptionFolderSource(tmp_path)
+
+
+def test_an_image_that_takes_another_s_place_brings_its_captions(tmp_path):
+    source = CaptionFolderSource(make_folder(tmp_path, TestFolder.ROWS))
+    (tmp_path / "0.png").write_bytes(b"not a png")
+    batch = collate_examples([TrainingImages(source, ImageTransform(8, 3), seed=0)[5, i] for i in (0, 1, 2)])
+    assert [source.paths[i].name for i in batch["image_indices"]] == ["2.png", "2.png", "1.png"]
+    assert len(batch["bad_images"]) == 1
 
 
 def test_captions_of_a_data_set(tmp_path):
@@ -342,12 +359,8 @@ class TestEncoder:
         assert check_sequence_length(None, t5, tokenizer) == 128
 
 
-def test_the_names_of_the_classes_are_captions_of_what_is_built_in(monkeypatch):
-    from argparse import Namespace
-
-    from diffusers_dyna.training.data import open_image_source
-
-    source = open_image_source(Namespace(dataset="digits", train_data_dir=None, dataset_name=None), with_captions=True)
-    labels = load_digits().labels
-    assert source.captions == [[str(label)] for label in labels]
+def test_the_names_of_the_classes_are_captions_of_what_is_built_in():
+    args = argparse.Namespace(dataset="digits", train_data_dir=None, dataset_name=None)
+    source = open_image_source(args, with_captions=True)
+    assert source.captions == [[str(label)] for label in load_digits().labels]
     assert (source.labels, source.id2label) == (None, None)

@@ -6,16 +6,18 @@ import PIL.Image
 import pytest
 import torch
 
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from diffusers_dyna import FlowMatchODEScheduler
 from diffusers_dyna.training import masks
+from diffusers_dyna.training.captions import build_caption_cache
 from diffusers_dyna.training.degradation import downscale, enlarge
 from diffusers_dyna.training.masks import MASK_KINDS, random_mask, random_masks
 from diffusers_dyna.training.randomness import keyed_generator, keyed_randn, keyed_uniform
-from diffusers_dyna.training.tasks import encode_images, make_inpainting, make_upscaling
+from diffusers_dyna.training.tasks import encode_images, make_captioning, make_inpainting, make_upscaling
 
-from ..testing_utils import randn
+from ..testing_utils import randn, tiny_text_encoder, tiny_tokenizer
 
 
 CPU = torch.device("cpu")
@@ -193,3 +195,26 @@ class TestUpscaling:
         level = prepare(make_batch(range(200), size=4))[2]["noise_level"]
         assert level.min() < 50 and level.max() > 950
         assert torch.equal(prepare(make_batch([120], size=4))[2]["noise_level"], level[120:121])
+
+
+class TestCaptioning:
+    def test_states_of_a_caption_of_each_image(self, tmp_path):
+        words = ["a", "red", "blue", "square"]
+        captions = [["a red square"], ["a blue square", "blue"], ["red"]]
+        encoder, tokenizer = tiny_text_encoder(8), tiny_tokenizer(words)
+        texts = build_caption_cache(tmp_path, captions, encoder, tokenizer, Accelerator())
+        batch = {**make_batch(range(20)), "image_indices": [0, 1] * 10}
+        sample, condition, conditions = make_captioning(7, CPU, texts)(batch)
+        assert torch.equal(sample, batch["pixel_values"])
+        assert condition is None
+        drawn = texts.draw(7, range(20), [0, 1] * 10)
+        assert set(drawn) == {"a red square", "a blue square", "blue"}
+        lengths = torch.tensor([2 + len(caption.split()) for caption in drawn])
+        assert torch.equal(conditions["encoder_attention_mask"], torch.arange(5) < lengths[:, None])
+        with torch.no_grad():
+            expected = encoder(**tokenizer(drawn[1], return_tensors="pt")).last_hidden_state[0]
+        states = conditions["encoder_hidden_states"][1, : len(expected)]
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+        # Where every caption is as long as the longest one, there is nothing to mask.
+        _, _, conditions = make_captioning(7, CPU, texts)({**make_batch(), "image_indices": [0, 0, 0]})
+        assert set(conditions) == {"encoder_hidden_states"}

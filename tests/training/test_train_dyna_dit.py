@@ -2,14 +2,7 @@
 """The script as it is run: budgets, static control, latents, learned variances, and that it resumes exactly."""
 
 import filecmp
-import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,95 +11,33 @@ import torch
 from safetensors.torch import load_file
 
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
 from diffusers_dyna.training.dynamic import make_transformer
 
+from . import script_utils
+from .script_utils import ROOT, WEIGHTS, arguments, assert_same_run, load_script, read_log, run_and_kill, running_here
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "train_dyna_dit.py"
-SHAPE = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8}
-BUDGET = {
-    "budget_warmup_steps": 2,
-    "budget_decay_steps": 4,
-    "budget": 0.5,
-    "router_learning_rate": 1e-1,
-}
-TINY = {
-    "train_batch_size": 16,
-    "learning_rate": 1e-3,
-    "lr_warmup_steps": 5,
-    "lr_scheduler": "constant_with_warmup",
-    "ema_decay": 0.9,
-    "time_sampling": "stratified",
-    "num_validation_images": 4,
-    "validation_inference_steps": 2,
-    "report_to": "none",
-}
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+SCRIPT = "train_dyna_dit.py"
 ROUTERS = ("attn_rate", "mlp_rate", "token_rate", "token_selection")
 
 
-def command(output_dir, processes=1, **options):
-    words = []
-    shape = {} if "pretrained_model_name_or_path" in options or "preset" in options else SHAPE
-    budget = {} if "static" in options else BUDGET
-    for name, value in {**shape, **TINY, **budget, "output_dir": output_dir, **options}.items():
-        words += [f"--{name}", *([] if value is True else [str(value)])]
-    if processes == 1:
-        return [sys.executable, str(SCRIPT), *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, str(SCRIPT), *words]
-
-
-def environment():
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 def run(output_dir, processes=1, **options):
-    result = subprocess.run(
-        command(output_dir, processes, **options), env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+    return script_utils.run(SCRIPT, output_dir, processes, **options)
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_dyna_dit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def run_here(script):
-    """Runs the script in this process, which saves the seconds that importing takes; errors are raised."""
-
-    def run(output_dir, **options):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        script.main(script.parse_args(command(output_dir, **options)[2:]))
-
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def read_log(output_dir, name="training_log.jsonl"):
-    return [json.loads(line) for line in (output_dir / name).read_text().splitlines()]
-
-
-def assert_same_run(first, second, step):
-    """Weights, averages, optimizer and generators of a checkpoint, and the pipeline, byte for byte."""
-    names = [WEIGHTS, WEIGHTS.replace("transformer", "transformer_ema"), "optimizer.bin", "random_states_0.pkl"]
-    names = [f"checkpoint-{step}/{name}" for name in names]
-    for name in [*names, WEIGHTS, "model_index.json", "samples.png", "activity_log.jsonl"]:
-        assert filecmp.cmp(first / name, second / name, shallow=False), name
-    for expected, line in zip(read_log(first), read_log(second), strict=True):
-        del expected["images_per_second"], line["images_per_second"]
-        assert line == expected
+    with running_here(script) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -271,14 +202,7 @@ class TestResume:
         options = {**self.OPTIONS, "router_mode": router_mode, "complete_loss_steps": 30}
         run(tmp_path / "whole", **options)
         output_dir = tmp_path / "parts"
-        process = subprocess.Popen(command(output_dir, **options), env=environment(), stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not (output_dir / "checkpoint-20").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        run_and_kill(SCRIPT, output_dir, "checkpoint-20", **options)
         run(output_dir, resume_from_checkpoint="latest", **options)
         assert_same_run(tmp_path / "whole", output_dir, 40)
 
@@ -399,8 +323,7 @@ class TestForms:
         assert pipe("5", num_inference_steps=2).images[0].size == (8, 8)
 
     def test_preset_and_unconditional(self, script, tmp_path):
-        words = command(tmp_path / "run", preset="DiT-S/2", qk_norm="rms_norm", unconditional=True)
-        args = script.parse_args(words[2:])
+        args = script.parse_args(arguments(tmp_path / "run", preset="DiT-S/2", qk_norm="rms_norm", unconditional=True))
         expected = {"sample_size": 8, "in_channels": 1, "num_classes": None, "learn_sigma": args.learn_sigma}
         model = make_transformer(args, None, expected)
         assert (model.config.num_layers, model.config.num_attention_heads, model.config.patch_size) == (12, 6, 2)

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text-to-image script as it is run: what it learns from captions, saves and resumes, and what it refuses."""
+
+import filecmp
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers import AutoencoderKL
+
+from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaDiTTransformer2DModel
+from diffusers_dyna.training.captions import EncodedCaptions
+
+from ..testing_utils import randn, tiny_text_encoder, tiny_tokenizer
+from . import script_utils
+from .script_utils import WEIGHTS, assert_same_run, load_script, read_log, run_and_kill, running_here
+
+
+SCRIPT = "train_text_to_image.py"
+COLORS = {"red": (230, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 230)}
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def run_here(script):
+    with running_here(script) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["a", "one", "square", *COLORS, *"0123456789"]
+    tiny_text_encoder(len(words) + 4).save_pretrained(folder)
+    tiny_tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """30 squares of three colours; a colour is all that a caption tells."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(30):
+        color = list(COLORS)[i % 3]
+        pixels = np.clip(np.array(COLORS[color]) + rng.normal(0, 10, (8, 8, 3)), 0, 255).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append({"file_name": f"{i}.png", "text": [f"a {color} square", f"one {color} square", color]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(encoder, pictures):
+    return {"text_encoder": encoder, "train_data_dir": pictures, "resolution": 8}
+
+
+@pytest.fixture(scope="module")
+def static_run(run_here, options, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("static") / "run"
+    run_here(
+        output_dir,
+        static=True,
+        max_train_steps=150,
+        learning_rate=5e-3,
+        validation_steps=150,
+        validation_prompts=["a red square", "blue"],
+        **options,
+    )
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def dynamic_run(run_here, options, static_run, tmp_path_factory):
+    """40 steps to a budget of 0.5 from the static pipeline, whose text encoder it takes."""
+    output_dir = tmp_path_factory.mktemp("dynamic") / "run"
+    own = {name: value for name, value in options.items() if name != "text_encoder"}
+    run_here(
+        output_dir,
+        pretrained_model_name_or_path=static_run,
+        max_train_steps=40,
+        validation_steps=20,
+        ema_decay=0.5,
+        **own,
+    )
+    return output_dir
+
+
+class TestTraining:
+    def test_it_draws_what_the_prompt_says(self, static_run):
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(static_run)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [template.format(color) for color in COLORS for template in ("a {} square", "{}")]
+        generator = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        images = pipe(prompts, num_inference_steps=8, guidance_scale=2.0, generator=generator, output_type="np").images
+        brightest = images.mean(axis=(1, 2)).argmax(axis=1)
+        assert brightest.tolist() == [0, 0, 1, 1, 2, 2]
+
+    def test_the_pipeline_is_whole(self, static_run, encoder):
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(static_run)
+        assert pipe.tokenizer.model_max_length == 32
+        for actual, expected in zip(pipe.text_encoder.parameters(), tiny_text_encoder(20).parameters(), strict=True):
+            assert torch.equal(actual, expected)
+        config = pipe.transformer.config
+        assert (config.caption_channels, config.cross_attention_dim, config.num_classes) == (16, 32, None)
+        summary = json.loads((static_run / "training_summary.json").read_text())
+        assert summary["dataset"]["num_images"] == 30
+        assert (static_run / "samples" / "step-150.png").exists()
+
+    def test_what_is_cached_is_what_the_pipeline_encodes(self, static_run, script, pictures):
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(static_run)
+        captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+        order = np.argsort([f"{i}.png" for i in range(30)])  # of the paths, as the source has them
+        texts = EncodedCaptions(static_run / "captions", [captions[i] for i in order])
+        prompts = ["one green square", "blue"]
+        states, mask = texts.encode(prompts)
+        with torch.no_grad():
+            embeds, embeds_mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        assert torch.equal(mask, embeds_mask)
+        torch.testing.assert_close(states[mask], embeds[mask], rtol=1e-4, atol=1e-5)
+
+    def test_the_budget_counts_the_text(self, dynamic_run):
+        log = read_log(dynamic_run)
+        assert log[0]["compute_ratio"] == 1.0
+        assert log[-1]["compute_ratio"] == pytest.approx(0.5, abs=0.06)
+        activity = read_log(dynamic_run, "activity_log.jsonl")
+        assert [line["step"] for line in activity] == [20, 40]
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(dynamic_run)
+        pipe.set_progress_bar_config(disable=True)
+        output = pipe("one red square", num_inference_steps=20, guidance_scale=2.0, output_compute_ratio=True)
+        assert output.compute_ratio == pytest.approx(activity[-1]["compute_ratio"], abs=0.05)
+
+    def test_captions_are_dropped_by_their_samples(self, run_here, options, tmp_path):
+        """With all of them dropped, nothing is left but the null caption."""
+        for share in (0.0, 1.0):
+            run_here(tmp_path / str(share), static=True, max_train_steps=3, caption_dropout_prob=share, **options)
+        names = [
+            {name for name, parameter in self.load(tmp_path / share).named_parameters()} for share in ("0.0", "1.0")
+        ]
+        assert names[1] - names[0] == {"null_caption.weight"}
+        model = self.load(tmp_path / "1.0")
+        assert model.null_caption.weight.abs().max() > 0
+
+    def load(self, folder):
+        return DynaDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+
+    def test_the_threshold_mode_and_learned_variances(self, run_here, options, tmp_path):
+        run_here(
+            tmp_path / "run",
+            router_mode="threshold",
+            objective="epsilon",
+            learn_sigma=True,
+            complete_loss_steps=1,
+            max_train_steps=3,
+            validation_steps=2,
+            **options,
+        )
+        assert "sampled_compute_ratio" in read_log(tmp_path / "run")[0]
+        model = self.load(tmp_path / "run")
+        assert (model.config.router_mode, model.out_channels) == ("threshold", 6)
+
+    def test_a_data_set_and_latents(self, run_here, encoder, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        rng = np.random.default_rng(0)
+        images = [PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(20)]
+        rows = {"picture": images, "words": ["red", "blue"] * 10}
+        features = {"picture": datasets.Image(), "words": datasets.Value("string")}
+        datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "data")
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=2,
+            sample_size=8,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ).save_pretrained(tmp_path / "vae")
+        run_here(
+            tmp_path / "run",
+            dataset_name=tmp_path / "data",
+            image_column="picture",
+            caption_column="words",
+            text_encoder=encoder,
+            vae=tmp_path / "vae",
+            random_flip=True,
+            resolution=8,
+            max_train_steps=3,
+        )
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "run")
+        assert (pipe.transformer.config.sample_size, pipe.transformer.config.in_channels) == (4, 2)
+        assert pipe("blue", num_inference_steps=2).images[0].size == (8, 8)
+
+
+class TestWarmStart:
+    def test_a_model_of_classes_goes_on_with_captions(self, run_here, encoder, tmp_path):
+        """One step at a rate of next to nothing: the outputs are those of the null class."""
+        dyna_dit = load_script("train_dyna_dit.py")
+        with running_here(dyna_dit) as run_classes:
+            run_classes(tmp_path / "classes", static=True, max_train_steps=20, num_validation_images=0)
+        run_here(
+            tmp_path / "captions",
+            pretrained_model_name_or_path=tmp_path / "classes",
+            text_encoder=encoder,
+            dataset="digits",
+            max_train_steps=1,
+            learning_rate=1e-12,
+            num_validation_images=0,
+        )
+        classes = DynaDiTPipeline.from_pretrained(tmp_path / "classes").transformer
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "captions")
+        sample = randn(2, 1, 8, 8)
+        with torch.no_grad():
+            expected = classes(sample, 400, torch.tensor([10, 10])).sample
+            embeds, mask, _, _ = pipe.encode_prompt(["3", "a square"], do_classifier_free_guidance=False)
+            text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+            actual = pipe.transformer(sample, 400, **text).sample
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+        assert expected.abs().max() > 0.05
+
+    def test_another_encoder_does_not_fit(self, run_here, static_run, options, tmp_path):
+        config = json.loads((options["text_encoder"] / "config.json").read_text())
+        from transformers import BertConfig, BertModel
+
+        BertModel(BertConfig.from_dict({**config, "hidden_size": 8})).save_pretrained(tmp_path / "encoder")
+        tiny_tokenizer(["a"]).save_pretrained(tmp_path / "encoder")
+        with pytest.raises(ValueError, match="it has `caption_channels`=16 instead of 8"):
+            run_here(
+                tmp_path / "run",
+                pretrained_model_name_or_path=static_run,
+                **{**options, "text_encoder": tmp_path / "encoder"},
+            )
+        assert not (tmp_path / "run").exists()
+
+
+class TestResume:
+    @pytest.mark.slow
+    def test_killed_and_resumed_is_the_same_to_the_bit(self, options, tmp_path):
+        settings = {**options, "max_train_steps": 40, "checkpointing_steps": 20, "validation_steps": 20}
+        script_utils.run(SCRIPT, tmp_path / "whole", **settings)
+        run_and_kill(SCRIPT, tmp_path / "parts", "checkpoint-20", **settings)
+        script_utils.run(SCRIPT, tmp_path / "parts", resume_from_checkpoint="latest", **settings)
+        assert_same_run(tmp_path / "whole", tmp_path / "parts", 40)
+
+    def test_the_encoder_and_the_cache_may_move(self, run_here, options, encoder, tmp_path):
+        settings = {**options, "num_validation_images": 0, "gradient_accumulation_steps": 2}
+        run_here(tmp_path / "whole", max_train_steps=6, **settings)
+        run_here(tmp_path / "parts", max_train_steps=4, caption_cache_dir=tmp_path / "cache", **settings)
+        for path in encoder.iterdir():
+            (tmp_path / "moved").mkdir(exist_ok=True)
+            (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
+        settings |= {"text_encoder": tmp_path / "moved", "resume_from_checkpoint": "latest"}
+        run_here(tmp_path / "parts", max_train_steps=6, **settings)
+        assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
+
+    def test_other_captions_are_another_run(self, run_here, options, pictures, tmp_path):
+        settings = {**options, "num_validation_images": 0}
+        run_here(tmp_path / "run", max_train_steps=1, **settings)
+        lines = (pictures / "metadata.jsonl").read_text().splitlines(keepends=True)
+        other = tmp_path / "other" / pictures.name
+        other.mkdir(parents=True)
+        for path in pictures.glob("*.png"):
+            (other / path.name).write_bytes(path.read_bytes())
+        # The captions of two pictures change places: the cache is the same.
+        texts = [json.loads(line)["text"] for line in lines]
+        texts[0], texts[1] = texts[1], texts[0]
+        (other / "metadata.jsonl").write_text(
+            "".join(json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i, text in enumerate(texts))
+        )
+        settings |= {"train_data_dir": other, "caption_cache_dir": tmp_path / "cache"}
+        with pytest.raises(ValueError, match="captions: '.*' in the checkpoint, '.*' now"):
+            run_here(tmp_path / "run", max_train_steps=2, resume_from_checkpoint="latest", **settings)
+
+    @pytest.mark.slow
+    def test_two_processes_are_one(self, options, tmp_path):
+        for processes in (1, 2):
+            script_utils.run(
+                SCRIPT,
+                tmp_path / str(processes),
+                processes,
+                train_batch_size=16 // processes,
+                num_validation_images=0,
+                max_train_steps=12,
+                **options,
+            )
+        one, two = read_log(tmp_path / "1"), read_log(tmp_path / "2")
+        for name in ("loss", "compute_ratio"):
+            np.testing.assert_allclose([x[name] for x in one], [x[name] for x in two], atol=1e-4, rtol=0)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "`--text_encoder` is missing. Give a text encoder of transformers"),
+            (["--text_encoder", "./no/such"], "`--text_encoder` ./no/such is not a whole text encoder"),
+            (["--text_encoder_subfolder", "x", "--pretrained_model_name_or_path", "a/b"], "is for `--text_encoder`"),
+            (["--caption_dropout_prob", "2"], "`--caption_dropout_prob` 2.0 must be in [0, 1]"),
+            (["--max_sequence_length", "0"], "`--max_sequence_length` 0 must be at least 1"),
+            (["--coupling", "ot"], "`--coupling ot` is for models of classes or without conditions"),
+            (["--static", "--budget", "0.5"], "`--budget` and `--static`, which has no budget, are both set"),
+            (["--unconditional"], "unrecognized arguments: --unconditional"),
+        ],
+    )
+    def test_arguments(self, script, capsys, words, message):
+        with pytest.raises(SystemExit) as exit:
+            script.parse_args(words)
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_nothing_is_written_where_captions_are_missing(self, run_here, encoder, pictures, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "0.png").write_bytes((pictures / "0.png").read_bytes())
+        with pytest.raises(
+            ValueError, match="must have metadata.jsonl or metadata.csv with the captions of its images"
+        ):
+            run_here(tmp_path / "run", text_encoder=encoder, train_data_dir=tmp_path / "data")
+        assert not (tmp_path / "run").exists()
+
+    def test_the_defaults_are_those_of_the_other_script(self, script):
+        """One budget, one objective, one optimizer: what both have means the same."""
+        here, there = (
+            vars(module.make_parser().parse_args([])) for module in (script, load_script("train_dyna_dit.py"))
+        )
+        different = {name for name in here.keys() & there.keys() if here[name] != there[name]}
+        assert different == {"output_dir"}
