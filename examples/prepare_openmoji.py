@@ -63,7 +63,7 @@ def draw(symbol: str, font: PIL.ImageFont.FreeTypeFont, size: int) -> PIL.Image.
     """
     side = sum(font.getmetrics())
     image = PIL.Image.new("RGB", (side, side), "white")
-    PIL.ImageDraw.Draw(image).text((0, 0), symbol, font=font, embedded_color=True)
+    PIL.ImageDraw.Draw(image).text((0, 0), symbol, fill="black", font=font, embedded_color=True)
     return image.resize((size, size), PIL.Image.Resampling.BOX)
 
 

@@ -300,6 +300,19 @@ def describe_inpainted(args, images: np.ndarray, originals: np.ndarray, masks: n
     }
 
 
+def nearest_indices(
+    images: np.ndarray, masks: np.ndarray, known: np.ndarray, excluded: np.ndarray | None = None
+) -> np.ndarray:
+    """For each image the index of the known one that is closest outside the mask and not excluded."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a b outside the mask, as two products; |a|^2 is the same for all.
+    visible = torch.from_numpy(~masks).flatten(1).float()
+    shown, flat = (torch.from_numpy(array).flatten(1).float() for array in (images, known))
+    distances = visible @ flat.square().T - 2 * (shown * visible) @ flat.T
+    if excluded is not None:
+        distances = distances.masked_fill(torch.from_numpy(excluded), torch.inf)
+    return distances.argmin(dim=1).numpy()
+
+
 def inpaint_baselines(args: argparse.Namespace) -> dict[str, dict]:
     originals, labels = read_fashion_mnist(args, "test", range(NUM_IMAGES), 32)
     known, known_labels = read_fashion_mnist(args, "train", range(60000), 32)
@@ -307,14 +320,9 @@ def inpaint_baselines(args: argparse.Namespace) -> dict[str, dict]:
     means = np.stack([known[known_labels == label].mean(axis=0) for label in range(10)])
     own_means = (originals * ~masks).sum(axis=(1, 2)) / (~masks).sum(axis=(1, 2))
 
-    # |a - b|^2 of the known pixels by one product: of the squares of b, and of b itself, with the known pixels.
-    flat = torch.from_numpy(known).flatten(1).float()
-    visible = torch.from_numpy(~masks).flatten(1).float()
-    shown = torch.from_numpy(originals).flatten(1).float() * visible
-    distances = visible @ flat.square().T - 2 * shown @ flat.T
-    nearest = known[distances.argmin(dim=1).numpy()]
-    is_other = torch.from_numpy(labels)[:, None] != torch.from_numpy(known_labels)
-    nearest_of_class = known[distances.masked_fill(is_other, torch.inf).argmin(dim=1).numpy()]
+    nearest = known[nearest_indices(originals, masks, known)]
+    is_other = labels[:, None] != known_labels
+    nearest_of_class = known[nearest_indices(originals, masks, known, is_other)]
     fills = {
         "originals": originals,
         "mean of the known pixels": np.broadcast_to(own_means[:, None, None], originals.shape),
