@@ -11,6 +11,7 @@ from diffusers.utils import logging
 
 from .models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel, DynaUNet2DModel
 from .pipelines import (
+    DynaDiTImg2ImgPipeline,
     DynaDiTInpaintPipeline,
     DynaDiTPipeline,
     DynaDiTTextToImagePipeline,
@@ -29,6 +30,7 @@ from .schedulers import (
 __version__ = "0.1.0.dev0"
 __all__ = [
     "DYNA_DIT_CONFIGS",
+    "DynaDiTImg2ImgPipeline",
     "DynaDiTInpaintPipeline",
     "DynaDiTPipeline",
     "DynaDiTTextToImagePipeline",

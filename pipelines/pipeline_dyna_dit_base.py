@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -148,7 +149,14 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 id2label={str(k): v for k, v in id2label.items()} if id2label is not None else None
             )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        channels = config.in_channels if vae is None else vae.config.in_channels
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor,
+            # A tensor of so many channels is latents already, 0 is none; where both have as many, it is pixels.
+            vae_latent_channels=0 if channels == config.in_channels else config.in_channels,
+            do_convert_rgb=channels == 3,
+            do_convert_grayscale=channels == 1,
+        )
 
     @staticmethod
     def _text_channels(transformer) -> int | None:
@@ -181,6 +189,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
         self._current_timestep = None
+        self._compute_ratios = []  # of all model calls of the run
 
     @property
     def guidance_scale(self) -> float:
@@ -306,6 +315,12 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"has {config.in_channels}. It makes no use of the variance: load it by "
                 "`from_config(config, variance_type=None)`."
             )
+
+    @staticmethod
+    def check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> None:
+        """Raises a `ValueError` for a list of generators that is not one for each image."""
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def _learned_variance(self) -> str | None:
         """The `variance_type` of a scheduler that expects the variance from the model, else None."""
@@ -787,8 +802,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn.")
+        self.check_generator(generator, batch_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -886,6 +900,60 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         return batch
 
+    def preprocess_image(self, image, height: int, width: int, name: str = "image") -> torch.Tensor:
+        """
+        Images as a tensor of one size, converted to gray or RGB as the model has it.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                Arrays `(height, width, channels)` or `(batch_size, height, width, channels)` and tensors `(channels,
+                height, width)` or `(batch_size, channels, height, width)`, with values in [0, 1]; or latents of the
+                VAE, as a tensor.
+            height (`int`): height in pixels to resize to.
+            width (`int`): width in pixels to resize to.
+            name (`str`, defaults to `"image"`): name of the argument, for messages.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, height, width)`, float32, in [-1, 1]; latents as they are.
+
+        Raises:
+            `ValueError`, `TypeError`: on what is no image, on channels or values that the model does not have, and on
+                latents of another size.
+        """
+        entries = list(image) if isinstance(image, (list, tuple)) else [image]
+        kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+        if not entries or not any(all(isinstance(entry, kind) for entry in entries) for kind in kinds):
+            raise TypeError(
+                f"`{name}` must be a PIL image, an array, a tensor or a list of one of them, but is {type(image)}."
+            )
+        if not isinstance(entries[0], PIL.Image.Image) and len({entry.shape for entry in entries}) > 1:
+            shapes = sorted({tuple(entry.shape) for entry in entries})
+            raise ValueError(
+                f"`{name}` has arrays of different shapes: {shapes}. Resize them, or give PIL images, which are resized "
+                "one by one."
+            )
+        image = self.image_processor.preprocess(entries, height, width).float()
+        is_latents = self._is_latents(image)
+        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        if not is_latents and image.shape[1] != channels:
+            latents = "" if self.vae is None else f", or {self.transformer.config.in_channels} of latents"
+            raise ValueError(f"`{name}` must have {channels} channels{latents}, but has {image.shape[1]}.")
+        factor = self.vae_scale_factor
+        if is_latents and image.shape[2:] != (height // factor, width // factor):
+            raise ValueError(
+                f"`{name}` is latents of height and width {tuple(image.shape[2:])}, but `height` and `width` ask for "
+                f"{(height // factor, width // factor)}."
+            )
+        if not is_latents and not bool((image.abs() <= 1 + 1e-3).all()):
+            raise ValueError(
+                f"`{name}` must have values in [0, 1], but has others, or nan. Divide 8-bit images by 255."
+            )
+        return image
+
+    def _is_latents(self, image: torch.Tensor) -> bool:
+        """Whether [`preprocess_image`] took a tensor for latents of the VAE."""
+        return image.shape[1] == self.image_processor.config.vae_latent_channels
+
     def encode_image(
         self,
         image: torch.Tensor,
@@ -896,7 +964,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         Encodes images by the VAE.
 
         Args:
-            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`): in [-1, 1].
+            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                In [-1, 1], as [`preprocess_image`] makes it. Latents are returned as they are.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Draws from the VAE's posterior. A list has one for each image.
             sample_mode (`str`, defaults to `"sample"`): `"sample"` draws, `"argmax"` is the mean of the posterior.
@@ -905,17 +974,17 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             `torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, float32, scaled by
             `vae.config.scaling_factor`. Without a VAE, the image itself.
         """
-        if self.vae is None:
+        image = image.to(self._execution_device)
+        if self.vae is None or self._is_latents(image):
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
-            rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
-            return torch.cat(rows)
+            self.check_generator(generator, len(image))
+            return torch.cat(
+                [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
+            )
         output = self.vae.encode(image.to(self.vae.dtype))
-        if not hasattr(output, "latent_dist"):  # AutoencoderTiny has none
-            latents = output.latents
-        else:
-            latents = output.latent_dist.sample(generator) if sample_mode == "sample" else output.latent_dist.mode()
+        latents = retrieve_latents(output, generator, sample_mode)
         return (latents.float() - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -1009,7 +1078,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 `"negative_prompt_embeds"`, the two halves of its text states; `None` where the null caption stands.
 
         Returns:
-            `tuple`: the final latents, and the compute ratio, the mean of all images and calls, or `None`.
+            `tuple`: the final latents, and the compute ratio, the mean of all images and calls since `_begin_run`, or
+            `None`.
         """
         steps = list(range(len(timesteps))) if steps is None else steps
         self._num_timesteps = len(steps)
@@ -1026,7 +1096,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         num_channels = self.transformer.config.in_channels
         learned_variance = self._learned_variance()
-        compute_ratios = []
         was_guided = None
         width_before = self.transformer.width_mult
         try:
@@ -1068,7 +1137,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         attention_kwargs=self.attention_kwargs,
                     )
                     if output_compute_ratio:
-                        compute_ratios.append(compute_ratio)
+                        self._compute_ratios.append(compute_ratio)
 
                     model_output = model_output.float()
                     if guided[i]:
@@ -1104,7 +1173,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             if width_mult is not None:
                 self.transformer.set_width(width_before)
         self._current_timestep = None
-        return latents, torch.cat(compute_ratios).mean().item() if output_compute_ratio else None
+        return latents, torch.cat(self._compute_ratios).mean().item() if output_compute_ratio else None
 
     def _predict(
         self,
@@ -1162,7 +1231,8 @@ def _halves_of_text(conditions: DynaDiTConditions, num_rows: int) -> tuple[torch
     text = conditions.encoder_hidden_states
     if text is None:
         return None, None
-    has_negative = len(text) > num_rows and conditions.caption_dropout_mask is None
+    is_dropped = conditions.caption_dropout_mask
+    has_negative = len(text) > num_rows and (is_dropped is None or not is_dropped[num_rows])
     return text[:num_rows], text[num_rows:] if has_negative else None
 
 
@@ -1173,8 +1243,11 @@ def _with_texts(
     text, num_rows = conditions.encoder_hidden_states, len(prompt_embeds)
     if negative_prompt_embeds is None:
         return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
+    is_dropped = conditions.caption_dropout_mask
+    if is_dropped is not None and is_dropped[num_rows]:  # a negative text in the place of the null caption
+        is_dropped = None
     text = torch.cat([prompt_embeds, negative_prompt_embeds])
-    return replace(conditions, encoder_hidden_states=text, caption_dropout_mask=None)
+    return replace(conditions, encoder_hidden_states=text, caption_dropout_mask=is_dropped)
 
 
 def _stack_texts(states: list[tuple[torch.Tensor, torch.Tensor | None]], num_rows: int) -> tuple:

@@ -218,35 +218,22 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         mask = (mask >= 0.5).float()
         return pixels.expand(num_rows, -1, -1, -1), mask.expand(num_rows, -1, -1, -1)
 
-    def prepare_latent_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """
-        The mask at the size of the latents, by `mode="nearest"`.
-
-        Args:
-            mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`): 1 where to paint, 0 elsewhere.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, 1, latent_height, latent_width)`.
-
-        Raises:
-            `ValueError`: on a mask that is empty or covers all.
-        """
-        size = [side // self.vae_scale_factor for side in mask.shape[2:]]
-        mask = F.interpolate(mask, size=size, mode="nearest")
-        covered = mask.mean(dim=(1, 2, 3))
-        at_size = f" at the size of the latents ({size[0]} x {size[1]})" if self.vae is not None else ""
-        for i, share in enumerate(covered.tolist()):
+    def check_mask(self, mask: torch.Tensor) -> None:
+        """Raises a `ValueError` on a mask of shape `(batch_size, 1, height, width)` that is empty or covers all."""
+        size = f"{mask.shape[2]} x {mask.shape[3]}"
+        for i, share in enumerate(mask.mean(dim=(1, 2, 3)).tolist()):
             if share == 0:
                 raise ValueError(
-                    f"`mask_image` {i} is empty{at_size}: there is nothing to paint. Make it white, 1, where to paint."
+                    f"`mask_image` {i} is empty (at {size}, the size that is painted): there is nothing to paint. Make it "
+                    "white, 1, where to paint."
                 )
             if share == 1:
                 raise ValueError(
-                    f"`mask_image` {i} covers all of its image{at_size}: nothing would be kept. Make it black, 0, where "
-                    "to keep the image (with `padding_mask_crop`, give a larger margin). To draw without an image, use "
-                    "DynaDiTPipeline or DynaDiTTextToImagePipeline; to change all of one, DynaDiTImg2ImgPipeline."
+                    f"`mask_image` {i} covers all (at {size}, the size that is painted): nothing would be kept. Make it "
+                    "black, 0, where to keep the image, or the margin of `padding_mask_crop` larger. To draw without an "
+                    "image, use DynaDiTPipeline or DynaDiTTextToImagePipeline; to change all of it, "
+                    "DynaDiTImg2ImgPipeline."
                 )
-        return mask
 
     def get_steps(self, num_calls: int, jump_length: int, jump_n_sample: int) -> list[int]:
         """
@@ -479,13 +466,16 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         if padding_mask_crop is not None:
             # Cut at 0.5 before the crop, so that what is pasted and what is kept fit.
             binary_mask = mask_image.convert("L").point(lambda value: 255 if value >= 128 else 0)
+            self.check_mask(self.read_image(binary_mask, channels=1))
             box = self.image_processor.get_crop_region(binary_mask, width, height, pad=padding_mask_crop)
             cropped = [
                 self.image_processor.resize(entry.crop(box), height, width, resize_mode="fill")
                 for entry in (image, binary_mask)
             ]
             pixels, mask = self.prepare_image_and_mask(*cropped, height, width)
-        latent_mask = self.prepare_latent_mask(mask)
+        latent_size = [side // self.vae_scale_factor for side in mask.shape[2:]]
+        latent_mask = F.interpolate(mask, size=latent_size, mode="nearest")
+        self.check_mask(latent_mask)
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)

@@ -217,8 +217,10 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         if hasattr(self.scheduler, "path"):
             return self.scheduler.scale_noise(latents, noise_level, noise)
-        sigma = noise_level / self.scheduler.config.num_train_timesteps  # diffusers' own have the linear path
-        return (1 - sigma) * latents + sigma * noise
+        if hasattr(self.scheduler, "scale_noise") or self.scheduler.config.get("use_flow_sigmas"):
+            sigma = noise_level / 1000  # diffusers' own have the linear path, and take no level beside their grid
+            return (1 - sigma) * latents + sigma * noise
+        return self.scheduler.add_noise(latents, noise, torch.tensor([int(noise_level)], device=latents.device))
 
     @staticmethod
     def tile_weights(length: int, tile_length: int, overlap: int) -> tuple[list[int], torch.Tensor]:

@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from .conversion.test_convert_dit import random_state
 from .hub.loopback_hub import LoopbackHub
+from .testing_utils import tiny_text_encoder, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,10 @@ def checkout(tmp_path):
     torch.save(random_state(**sizes, channels=4, out_channels=8), tmp_path / "DiT-XL-2-256x256.pt")
     # In the place of a repository of the Hub: a folder of that name comes first.
     save_stable_diffusion_3(tmp_path / "stabilityai" / "stable-diffusion-3.5-medium")
+    text_encoder = tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2"
+    tokenizer = tiny_tokenizer(list("0123456789"))
+    tokenizer.save_pretrained(text_encoder)
+    tiny_text_encoder(len(tokenizer)).save_pretrained(text_encoder)
     return tmp_path
 
 
@@ -138,5 +143,6 @@ def test_every_block_runs(checkout, tmp_path_factory):
             assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
     assert (checkout / "outputs" / "three.png").exists()
     assert (checkout / "outputs" / "dynamic-three.png").exists()
-    for name in ("digits", "photos", "flowers", "dit-static", "dit-0.6", "dit-xl-2"):
+    assert (checkout / "outputs" / "caption-three.png").exists()
+    for name in ("digits", "photos", "flowers", "dit-static", "dit-0.6", "dit-xl-2", "text-digits"):
         assert (checkout / "outputs" / name / "model_index.json").exists()

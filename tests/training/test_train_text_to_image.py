@@ -140,14 +140,12 @@ class TestTraining:
 
     def test_captions_are_dropped_by_their_samples(self, run_here, options, tmp_path):
         """With all of them dropped, nothing is left but the null caption."""
+        settings = {**options, "static": True, "max_train_steps": 5, "checkpointing_steps": 2}
         for share in (0.0, 1.0):
-            run_here(tmp_path / str(share), static=True, max_train_steps=3, caption_dropout_prob=share, **options)
-        names = [
-            {name for name, parameter in self.load(tmp_path / share).named_parameters()} for share in ("0.0", "1.0")
-        ]
-        assert names[1] - names[0] == {"null_caption.weight"}
-        model = self.load(tmp_path / "1.0")
-        assert model.null_caption.weight.abs().max() > 0
+            run_here(tmp_path / str(share), caption_dropout_prob=share, **settings)
+        first, last = (self.load(tmp_path / "1.0" / name) for name in ("checkpoint-2", "checkpoint-5"))
+        assert "null_caption.weight" not in self.load(tmp_path / "0.0").state_dict()
+        assert not torch.allclose(first.null_caption.weight, last.null_caption.weight, atol=1e-4)
 
     def load(self, folder):
         return DynaDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
