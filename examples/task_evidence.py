@@ -86,7 +86,7 @@ TRAINED = {
         "time_shift": 2,
         "learning_rate": 1.5e-3,
         "lr_scheduler": "cosine",
-        "max_train_steps": 5000,
+        "max_train_steps": 7000,
         "budget_warmup_steps": 3000,
         "budget_decay_steps": 1000,
     },
