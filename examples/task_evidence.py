@@ -58,7 +58,7 @@ from diffusers_dyna.training.randomness import keyed_generator, keyed_seed
 
 
 EXAMPLES = Path(__file__).parent
-NUM_IMAGES, NUM_CHOOSING, NUM_STYLED, BATCH_SIZE = 1000, 200, 200, 50
+NUM_IMAGES, NUM_CHOOSING, NUM_STYLED, BATCH_SIZE = 1000, 200, 100, 50
 STEPS_TO_CHOOSE, MANY_STEPS = (1, 2, 3, 4, 6), 20
 SHAPE = {"patch_size": 4, "num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 16}
 TRAINING = {
@@ -125,7 +125,7 @@ TRAINED = {
         "resolution": 32,
         "sort_by_importance": True,
         "learning_rate": 5e-4,
-        "max_train_steps": 2000,
+        "max_train_steps": 1500,
         "budget_warmup_steps": 200,
         "budget_decay_steps": 400,
     },
@@ -139,10 +139,10 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # Without training; the best PSNR of a few settings on training images.
-RESAMPLING = {"num_inference_steps": 10, "jump_n_sample": 5}
+RESAMPLING = {"num_inference_steps": 10, "jump_n_sample": 4}
 STYLE_STRENGTHS = (0.0, 0.5, 1.0)
 GUIDANCE = {"text_to_image": 3.0, "style": 4.0}
-NUM_DRAWN_PER_CAPTION = 1
+NUM_DRAWN_PER_CAPTION = 4
 
 
 # Data
@@ -459,12 +459,21 @@ def features_of(real: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray
 
 
 def describe_drawn(features: dict, drawn: np.ndarray, real: np.ndarray) -> dict:
-    """`drawn` has the pictures of all captions, once or several times over."""
-    candidates = np.tile(draw_candidates(len(real), 20), (len(drawn) // len(real), 1))
+    """
+    `drawn` has the pictures of all captions, once or several times over: how often each of them by itself is most like
+    its own one, and how often the mean of the features of a caption's pictures is.
+    """
+    candidates, copies = draw_candidates(len(real), 20), len(drawn) // len(real)
     row = {}
     for name, extract in features.items():
-        ranks = retrieval_ranks(extract(drawn), extract(real), candidates)
+        of_drawn, of_real = extract(drawn), extract(real)
+        ranks = retrieval_ranks(of_drawn, of_real, np.tile(candidates, (copies, 1)))
         row |= {f"top1_{name}": float((ranks == 1).mean()), f"rank_{name}": float(ranks.mean())}
+        if copies > 1:
+            together = of_drawn.reshape(copies, len(real), -1).mean(axis=0)
+            ranks = retrieval_ranks(together, of_real, candidates)
+            row |= {f"top1_{name}_of_{copies}": float((ranks == 1).mean())}
+            row |= {f"rank_{name}_of_{copies}": float(ranks.mean())}
     return row
 
 
