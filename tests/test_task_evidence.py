@@ -197,6 +197,18 @@ class TestEvidence:
         assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / (26**2 / 13)))
         assert (row["accuracy"], row["changed_known_pixels"]) == (0.5, 1)
 
+    def test_pictures_of_a_caption_alone_and_together(self, evidence):
+        real = np.eye(20)
+        # The first of each two leans to the next picture, the second to the previous one; their mean to its own.
+        drawn = np.concatenate([real + 1.5 * np.roll(real, shift, axis=1) for shift in (1, -1)])
+        row = evidence.describe_drawn({"raw": lambda images: images}, drawn, real)
+        assert (row["top1_raw"], row["rank_raw"]) == (0, 2)
+        tilted = np.concatenate([3 * drawn[:20] + real, drawn[20:] + 9 * real])
+        row = evidence.describe_drawn({"raw": lambda images: images}, tilted, real)
+        assert (row["top1_raw"], row["rank_raw"]) == (0.5, 1.5)
+        assert (row["top1_raw_of_2"], row["rank_raw_of_2"]) == (1, 1)
+        assert "top1_raw_of_1" not in evidence.describe_drawn({"raw": lambda images: images}, drawn[:20], real)
+
     def test_results_have_the_mean_and_the_range_of_the_seeds(self, evidence, tmp_path, capsys):
         (tmp_path / "upscale-baselines.json").write_text('{"nearest": {"psnr": 17.0}}')
         for seed, value in ((0, 20.0), (1, 23.0)):
