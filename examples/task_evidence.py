@@ -409,35 +409,36 @@ def measure_style(args: argparse.Namespace, folder: Path, seed: int) -> dict[str
     reader = Reader(args.pretrained_dir)
     textures = reader.textures(references)
 
-    def inputs(chosen):
-        return {
-            "class_labels": asked[chosen].tolist(),
-            "style_image": references[chosen, ..., None].astype(np.float32) / 255,
-            "style_class_labels": reference_labels[chosen].tolist(),
-        }
+    def draw(strength, shift):
+        """With its own reference, or with that of another image."""
+        styles, labels = (np.roll(array, shift, axis=0) for array in (references, reference_labels))
+
+        def inputs(chosen):
+            return {
+                "class_labels": asked[chosen].tolist(),
+                "style_image": styles[chosen, ..., None].astype(np.float32) / 255,
+                "style_class_labels": labels[chosen].tolist(),
+            }
+
+        options = {"num_inference_steps": MANY_STEPS, "guidance_scale": GUIDANCE["style"]}
+        images, ratio = call_in_batches(pipe, seed, NUM_STYLED, inputs, style_strength=strength, **options)
+        return images[..., 0], ratio, np.linalg.norm(reader.textures(images[..., 0]) - textures, axis=1)
 
     rows, grid = {}, [references]
     for strength in STYLE_STRENGTHS:
-        images, compute_ratio = call_in_batches(
-            pipe,
-            seed,
-            NUM_STYLED,
-            inputs,
-            style_strength=strength,
-            num_inference_steps=MANY_STEPS,
-            guidance_scale=GUIDANCE["style"],
-        )
-        images = images[..., 0]
-        drawn, found = reader.textures(images), reader.read(images)
-        to_own = np.linalg.norm(drawn - textures, axis=1)
-        to_another = np.linalg.norm(drawn - np.roll(textures, 1, axis=0), axis=1)
-        rows[f"style_strength {strength}"] = {
-            "texture_distance": float(to_own.mean()),
-            "closer_to_own_than_to_another": float((to_own < to_another).mean()),
+        images, compute_ratio, distances = draw(strength, 0)
+        found = reader.read(images)
+        row = {
+            "texture_distance": float(distances.mean()),
             "accuracy": float((found == asked).mean()),
             "read_as_the_reference": float((found == reference_labels).mean()),
             "compute_ratio": compute_ratio,
         }
+        if strength > 0:
+            _, _, distances_of_another = draw(strength, 1)
+            row["texture_distance_in_the_style_of_another"] = float(distances_of_another.mean())
+            row["nearer_than_in_the_style_of_another"] = float((distances < distances_of_another).mean())
+        rows[f"style_strength {strength}"] = row
         grid.append(images)
     save_grid(args, "style", seed, grid)
     return rows
