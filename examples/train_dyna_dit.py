@@ -50,33 +50,19 @@ from pathlib import Path
 import torch
 
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-import diffusers_dyna
-from diffusers_dyna import DynaDiTPipeline
+from diffusers_dyna import DynaDiTInpaintPipeline, DynaDiTPipeline, DynaDiTUpscalePipeline
 from diffusers_dyna.conversion import sort_by_importance
 from diffusers_dyna.hub import check_can_publish
 from diffusers_dyna.training import arguments, data, dynamic, latents, objectives, tasks
 from diffusers_dyna.training.degradation import downscale
-from diffusers_dyna.training.masks import random_masks
 from diffusers_dyna.training.randomness import keyed_seed
 from diffusers_dyna.training.run import TrainingRun, cache_latents, load_vae, make_loader
 from diffusers_dyna.training.shards import hash_weights
 
 
-def _bare(name):  # until the package has the pipelines
-    def init(self, transformer, scheduler, vae=None, id2label=None):
-        DiffusionPipeline.__init__(self)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=id2label)
-
-    return type(name, (DiffusionPipeline,), {"__init__": init, "_optional_components": ["vae"]})
-
-
-PIPELINES = {"generate": DynaDiTPipeline}
-for task, name in (("inpaint", "DynaDiTInpaintPipeline"), ("upscale", "DynaDiTUpscalePipeline")):
-    PIPELINES[task] = getattr(diffusers_dyna, name, None) or _bare(name)
+PIPELINES = {"generate": DynaDiTPipeline, "inpaint": DynaDiTInpaintPipeline, "upscale": DynaDiTUpscalePipeline}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -176,8 +162,11 @@ def make_validation_inputs(args: argparse.Namespace, source: data.ImageSource, t
     pixels = batch["pixel_values"]
     inputs = {"class_labels": batch["class_labels"].tolist() if source.id2label is not None else None}
     if args.task == "inpaint":
-        masks = random_masks(args.seed, batch["sample_indices"], *pixels.shape[2:])
-        inputs["mask_image"] = to_images(masks * 2 - 1)
+        # A box in the middle and the right half in turn: holes that are left when a VAE makes the masks small.
+        masks, side = torch.full((count, 1, *pixels.shape[2:]), -1.0), pixels.shape[2]
+        masks[0::2, :, side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
+        masks[1::2, :, :, side // 2 :] = 1
+        inputs["mask_image"] = to_images(masks)
     else:
         pixels = downscale(pixels, args.upscale_factor)
     return {"image": to_images(pixels), **inputs}

@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -123,7 +122,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         # The image without what is to be painted, and the mask; the low-resolution image.
         condition_channels = {"inpaint": config.in_channels + 1, "upscale": config.in_channels}.get(trained_for, 0)
-        if config.get("condition_channels", 0) != condition_channels:
+        if config.condition_channels != condition_channels:
             raise ValueError(
                 f"`transformer` has `condition_channels`={config.condition_channels}, but for the task {trained_for} with "
                 f"`in_channels`={config.in_channels} there must be {condition_channels}. Use a transformer trained for it."
@@ -149,14 +148,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 id2label={str(k): v for k, v in id2label.items()} if id2label is not None else None
             )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        channels = config.in_channels if vae is None else vae.config.in_channels
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor,
-            # A tensor of so many channels is latents already, 0 is none; where both have as many, it is pixels.
-            vae_latent_channels=0 if channels == config.in_channels else config.in_channels,
-            do_convert_rgb=channels == 3,
-            do_convert_grayscale=channels == 1,
-        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @staticmethod
     def _text_channels(transformer) -> int | None:
@@ -302,6 +294,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"{self._callback_tensor_inputs} can be passed on."
             )
 
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "The scheduler has `use_dynamic_shifting`, whose `mu` no size of this model tells. Load it by "
+                "`from_config(config, use_dynamic_shifting=False, shift=...)`."
+            )
         learned_variance = self._learned_variance()
         if learned_variance and self.transformer.out_channels != 2 * config.in_channels:
             raise ValueError(
@@ -315,12 +312,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"has {config.in_channels}. It makes no use of the variance: load it by "
                 "`from_config(config, variance_type=None)`."
             )
-
-    @staticmethod
-    def check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> None:
-        """Raises a `ValueError` for a list of generators that is not one for each image."""
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def _learned_variance(self) -> str | None:
         """The `variance_type` of a scheduler that expects the variance from the model, else None."""
@@ -501,10 +492,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 "`prompt` or `prompt_embeds` must be given: the transformer has no null caption "
                 "(`caption_dropout_prob` is 0)."
             )
-        if has_negative and not (has_prompt and guidance_scale > 1):
-            raise ValueError(
-                "`negative_prompt` takes part in guidance only: give a `prompt` and a `guidance_scale` above 1, or "
-                "leave it out."
+        if has_negative and not has_prompt:
+            raise ValueError("`negative_prompt` was given without a `prompt`: there is nothing to guide.")
+        if has_negative and guidance_scale <= 1:
+            logger.warning(
+                f"`negative_prompt` has no effect without guidance: `guidance_scale`={guidance_scale} must be above 1."
             )
         can_guide = (has_prompt or class_labels is not None) and (has_null or has_negative)
         if guidance_scale > 1 and not (can_guide and (num_classes is None or null_class_label is not None)):
@@ -600,7 +592,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         for entry, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
             if len(ids) > longest:
                 logger.warning(
-                    f"`{name}` {entry!r} is longer than {longest} tokens. This part was cut off: "
+                    f"`{name}` has {len(ids)} tokens, but the first {longest} count. This part was cut off: "
                     f"{self.tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)!r}."
                 )
             if len(ids) == 0:
@@ -802,7 +794,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-        self.check_generator(generator, batch_size)
+        self._check_generators(generator, batch_size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -813,6 +805,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.add_noise(image_latents.to(device=device, dtype=torch.float32), latents, timestep)
         # FlowMatchEulerDiscreteScheduler has no `init_noise_sigma`: its noise has unit variance.
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    @staticmethod
+    def _check_generators(generator, num_images: int) -> None:
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are to be drawn.")
 
     def add_noise(self, sample: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """
@@ -900,60 +897,6 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         return batch
 
-    def preprocess_image(self, image, height: int, width: int, name: str = "image") -> torch.Tensor:
-        """
-        Images as a tensor of one size, converted to gray or RGB as the model has it.
-
-        Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                Arrays `(height, width, channels)` or `(batch_size, height, width, channels)` and tensors `(channels,
-                height, width)` or `(batch_size, channels, height, width)`, with values in [0, 1]; or latents of the
-                VAE, as a tensor.
-            height (`int`): height in pixels to resize to.
-            width (`int`): width in pixels to resize to.
-            name (`str`, defaults to `"image"`): name of the argument, for messages.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, height, width)`, float32, in [-1, 1]; latents as they are.
-
-        Raises:
-            `ValueError`, `TypeError`: on what is no image, on channels or values that the model does not have, and on
-                latents of another size.
-        """
-        entries = list(image) if isinstance(image, (list, tuple)) else [image]
-        kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
-        if not entries or not any(all(isinstance(entry, kind) for entry in entries) for kind in kinds):
-            raise TypeError(
-                f"`{name}` must be a PIL image, an array, a tensor or a list of one of them, but is {type(image)}."
-            )
-        if not isinstance(entries[0], PIL.Image.Image) and len({entry.shape for entry in entries}) > 1:
-            shapes = sorted({tuple(entry.shape) for entry in entries})
-            raise ValueError(
-                f"`{name}` has arrays of different shapes: {shapes}. Resize them, or give PIL images, which are resized "
-                "one by one."
-            )
-        image = self.image_processor.preprocess(entries, height, width).float()
-        is_latents = self._is_latents(image)
-        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
-        if not is_latents and image.shape[1] != channels:
-            latents = "" if self.vae is None else f", or {self.transformer.config.in_channels} of latents"
-            raise ValueError(f"`{name}` must have {channels} channels{latents}, but has {image.shape[1]}.")
-        factor = self.vae_scale_factor
-        if is_latents and image.shape[2:] != (height // factor, width // factor):
-            raise ValueError(
-                f"`{name}` is latents of height and width {tuple(image.shape[2:])}, but `height` and `width` ask for "
-                f"{(height // factor, width // factor)}."
-            )
-        if not is_latents and not bool((image.abs() <= 1 + 1e-3).all()):
-            raise ValueError(
-                f"`{name}` must have values in [0, 1], but has others, or nan. Divide 8-bit images by 255."
-            )
-        return image
-
-    def _is_latents(self, image: torch.Tensor) -> bool:
-        """Whether [`preprocess_image`] took a tensor for latents of the VAE."""
-        return image.shape[1] == self.image_processor.config.vae_latent_channels
-
     def encode_image(
         self,
         image: torch.Tensor,
@@ -964,8 +907,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         Encodes images by the VAE.
 
         Args:
-            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                In [-1, 1], as [`preprocess_image`] makes it. Latents are returned as they are.
+            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`): in [-1, 1].
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Draws from the VAE's posterior. A list has one for each image.
             sample_mode (`str`, defaults to `"sample"`): `"sample"` draws, `"argmax"` is the mean of the posterior.
@@ -974,17 +916,18 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             `torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, float32, scaled by
             `vae.config.scaling_factor`. Without a VAE, the image itself.
         """
-        image = image.to(self._execution_device)
-        if self.vae is None or self._is_latents(image):
+        if self.vae is None:
             return image.float()
         config = self.vae.config
         if isinstance(generator, list):
-            self.check_generator(generator, len(image))
-            return torch.cat(
-                [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
-            )
+            self._check_generators(generator, len(image))
+            rows = [self.encode_image(image[i : i + 1], one, sample_mode) for i, one in enumerate(generator)]
+            return torch.cat(rows)
         output = self.vae.encode(image.to(self.vae.dtype))
-        latents = retrieve_latents(output, generator, sample_mode)
+        if not hasattr(output, "latent_dist"):  # AutoencoderTiny has none
+            latents = output.latents
+        else:
+            latents = output.latent_dist.sample(generator) if sample_mode == "sample" else output.latent_dist.mode()
         return (latents.float() - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -1064,8 +1007,9 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 Called after call `i` of the scheduler as `after_step(i, next_i, latents)`; returns the latents to go
                 on from. `next_i` is the entry of `timesteps` at which the next call is, `len(timesteps)` after the
                 last one. The latents are at entry `i + 1`; where `next_i` is an earlier one, as `steps` may want it,
-                `after_step` has to add the noise that lies between. With a solver of order 2 and more, the latents
-                are a stage inside a step unless `(i + 1) % scheduler.order == 0` or `i` is the last call.
+                `after_step` has to add the noise that lies between, and the scheduler is at `next_i` by then. With a
+                solver of order 2 and more, the latents are a stage inside a step unless `(i + 1) % scheduler.order ==
+                0` or `i` is the last call.
             steps (`list[int]`, *optional*):
                 Entries of `timesteps` in the order in which to call the transformer; `None` is each once. Where an
                 entry is not the one after the last, the scheduler starts afresh there (without what a multistep solver
@@ -1090,7 +1034,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         model_timesteps = timesteps.to(torch.float32)
         lowest, highest = guidance_interval or (0.0, 1.0)
         noise_levels = [time / self.scheduler.config.num_train_timesteps for time in model_timesteps.tolist()]
-        guided = [self.do_classifier_free_guidance and lowest <= level <= highest for level in noise_levels]
+        has_null_half = self.do_classifier_free_guidance
+        in_interval = [has_null_half and lowest <= level <= highest for level in noise_levels]
         conditions_of = {True: conditions, False: conditions.rows(len(latents))}  # for guided steps, and for others
 
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
@@ -1103,7 +1048,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 self.transformer.set_width(width_mult)
             if not complete_model:
                 self.transformer.prepare_timesteps(
-                    model_timesteps, **conditions_of[any(guided)].model_kwargs(), max_plan_bytes=max_plan_bytes
+                    model_timesteps, **conditions_of[any(in_interval)].model_kwargs(), max_plan_bytes=max_plan_bytes
                 )
 
             with self.progress_bar(total=num_steps) as progress_bar:
@@ -1112,6 +1057,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         continue
                     t = timesteps[i]
                     self._current_timestep = t
+                    # A callback may have changed the scale, or switched guidance off.
+                    is_guided = in_interval[i] and self.do_classifier_free_guidance
 
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
@@ -1119,19 +1066,19 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                     if condition_channels is not None:
                         model_input = torch.cat([model_input, condition_channels(i).to(model_input)], dim=1)
                     model_input = model_input.to(self.transformer.dtype)
-                    if guided[i]:
+                    if is_guided:
                         model_input = torch.cat([model_input, model_input])
                     if not complete_model:
                         self.transformer.set_plan_step(i)
                     # What a feature cache holds is of no use to another run, nor to a batch with another half.
-                    if guided[i] != was_guided:
+                    if is_guided != was_guided:
                         self.transformer._reset_stateful_cache()
-                    was_guided = guided[i]
+                    was_guided = is_guided
                     model_output, compute_ratio = self._predict(
                         model_input,
                         model_timesteps[i],
-                        conditions_of[guided[i]],
-                        "cond_uncond" if guided[i] else "cond",
+                        conditions_of[is_guided],
+                        "cond_uncond" if is_guided else "cond",
                         complete_model=complete_model,
                         output_masks=output_compute_ratio,
                         attention_kwargs=self.attention_kwargs,
@@ -1140,7 +1087,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         self._compute_ratios.append(compute_ratio)
 
                     model_output = model_output.float()
-                    if guided[i]:
+                    if is_guided:
                         model_output = self._guide(*model_output.chunk(2), guidance_channels or num_channels)
                     if not learned_variance:
                         model_output = model_output[:, :num_channels]
@@ -1159,7 +1106,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         latents = changed["latents"]
                         new_texts = (changed["prompt_embeds"], changed["negative_prompt_embeds"])
                         if any(new is not old for new, old in zip(new_texts, texts, strict=True)):
-                            conditions = _with_texts(conditions, *new_texts)
+                            conditions = _with_texts(conditions, len(latents), *new_texts)
                             conditions_of = {True: conditions, False: conditions.rows(len(latents))}
 
                     if call == len(steps) - 1 or (
@@ -1237,10 +1184,20 @@ def _halves_of_text(conditions: DynaDiTConditions, num_rows: int) -> tuple[torch
 
 
 def _with_texts(
-    conditions: DynaDiTConditions, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None
+    conditions: DynaDiTConditions,
+    num_rows: int,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
 ) -> DynaDiTConditions:
     """Other text states of the same shape, in new memory; without a negative text the null half stays."""
-    text, num_rows = conditions.encoder_hidden_states, len(prompt_embeds)
+    text = conditions.encoder_hidden_states
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        expected = (num_rows, *text.shape[1:])
+        if embeds is not None and embeds.shape != expected:
+            raise ValueError(
+                f"`{name}` from `callback_on_step_end` must have shape {expected}, as given, but has shape "
+                f"{tuple(embeds.shape)}."
+            )
     if negative_prompt_embeds is None:
         return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
     is_dropped = conditions.caption_dropout_mask

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images from images: changed by noise, edited by inversion, or drawn in the style of a reference."""
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 
 from diffusers import AutoencoderKL, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -183,7 +183,8 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 raise type(error)(f"`{name}_class_labels` or `{name}_prompt`: {error}") from error
 
     def _check_inversion(self, what: str) -> None:
-        if "reverse" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+        # by name, since a published copy of this file goes without the class
+        if "FlowMatchODEScheduler" not in [cls.__name__ for cls in type(self.scheduler).__mro__]:
             raise ValueError(
                 f"{what} needs a scheduler that goes from data to noise, but the pipeline has "
                 f"{type(self.scheduler).__name__}. For a model trained by flow matching, set `pipe.scheduler = "
@@ -306,6 +307,50 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         self.maybe_free_model_hooks()
         return states[-1]
 
+    def preprocess_image(self, image: ImageInput, height: int, width: int, name: str = "image") -> torch.Tensor:
+        """
+        Images of any kind as one batch of one size.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                Images, see [`read_image`], also of several sizes; or, as one tensor, latents of the VAE.
+            height (`int`): height in pixels to resize to.
+            width (`int`): width in pixels to resize to.
+            name (`str`, defaults to `"image"`): name of the argument, for messages.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, height, width)`, float32, in [-1, 1]; latents as they are.
+
+        Raises:
+            `TypeError`: on something else than images.
+            `ValueError`: on a wrong number of channels, on values outside [0, 1] and on latents of another size.
+        """
+        channels = self.transformer.config.in_channels
+        if self.vae is not None and torch.is_tensor(image) and image.ndim == 4:
+            if image.shape[1] == channels != self.vae.config.in_channels:
+                size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+                if image.shape[2:] != size:
+                    raise ValueError(
+                        f"`{name}` is latents of height and width {tuple(image.shape[2:])}, but for `height`={height} and "
+                        f"`width`={width} they must have {size}."
+                    )
+                return image.float()
+        images = image if isinstance(image, (list, tuple)) and len(image) > 0 else [image]
+        batches = [self.read_image(one, name) for one in images]
+        resized = [
+            batch
+            if batch.shape[2:] == (height, width)
+            else F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+            for batch in batches
+        ]
+        return self.image_processor.normalize(torch.cat(resized))
+
+    def _encode(self, image: torch.Tensor) -> torch.Tensor:
+        """What [`preprocess_image`] returned as latents, the mode of the VAE's posterior."""
+        if self.vae is not None and image.shape[1] != self.vae.config.in_channels:
+            return image.to(self._execution_device)  # latents
+        return self.encode_image(image.to(self._execution_device), sample_mode="argmax")
+
     def _invert(
         self,
         image: torch.Tensor,
@@ -321,8 +366,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         """
         num_inference_steps, timesteps, sigmas = grid
         device = self._execution_device
-        # the mode, since what an image comes from is not drawn
-        latents = _repeat(self.encode_image(image, sample_mode="argmax"), batch_size)
+        latents = _repeat(self._encode(image), batch_size)
         self.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         num_steps = -(-len(self.get_timesteps(strength)) // self.scheduler.order) if strength > 0 else 0
         calls = self.set_timesteps(num_inference_steps, device, timesteps, sigmas, reverse=True)
@@ -369,7 +413,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 mask = torch.ones_like(text[..., 0], dtype=torch.bool) if mask is None else mask
                 dropped = torch.zeros_like(text[:, 0, 0], dtype=torch.bool) if dropped is None else dropped
                 pad = longest - text.shape[1]
-                pads = (torch.nn.functional.pad(text, (0, 0, 0, pad)), torch.nn.functional.pad(mask, (0, pad)))
+                pads = (F.pad(text, (0, 0, 0, pad)), F.pad(mask, (0, pad)))
                 filled.append((*pads, dropped))
             text, mask, dropped = (join(*pair) for pair in zip(*filled, strict=True))
             joined = replace(
@@ -392,7 +436,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         source_prompt: str | list[str] | None = None,
         source_class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         style_image: ImageInput | None = None,
-        style_strength: float = 1.0,
+        style_strength: float = 0.5,
         style_prompt: str | list[str] | None = None,
         style_class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         height: int | None = None,
@@ -433,9 +477,9 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 What the result shows, for a transformer that reads text. Without it and `prompt_embeds`, the learned
                 null caption stands.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                Where to start: one image, or one for each prompt or label. Arrays are `(height, width, channels)` and
-                tensors `(channels, height, width)` with values in [0, 1], also with a batch in front; a tensor can also
-                be latents of the VAE. Resized to `height` and `width`. `None`, with `style_image`, starts at noise.
+                Where to start: one image, or one for each prompt or label, see [`preprocess_image`]; resized to `height`
+                and `width`, and encoded by the VAE as the mode of its posterior. `None`, with `style_image`, starts at
+                noise.
             strength (`float`, defaults to `0.6`):
                 Share of the steps to take, in [0, 1], rounded up to whole ones; no matter without `image`. The image is
                 noised to the noise level of the first of them. 0 takes none: the image is encoded and decoded by the
@@ -454,9 +498,10 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 What `image` shows, as a class; as `source_prompt`.
             style_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 Reference whose style the result takes: one for all, or one for each prompt or label; as `image`.
-            style_strength (`float`, defaults to `1.0`):
+            style_strength (`float`, defaults to `0.5`):
                 How much of it, in [0, 1]: how far queries and keys of the self-attention are brought to mean and
-                deviation of the reference's, and the factor of the attention weights of the reference. 0 has no effect.
+                deviation of the reference's, and the factor of the attention weights of the reference. 0 has no effect; 1
+                is the paper's, with which small models take over shapes too.
             style_prompt (`str` or `list[str]`, *optional*):
                 What `style_image` shows, under which it is inverted; `None` is the learned null caption.
             style_class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
@@ -582,7 +627,6 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         batch_size = _common_number(numbers)
         num_rows = batch_size * num_images_per_prompt
         generator = list(generator) if isinstance(generator, tuple) else generator
-        self.check_generator(generator, num_rows)
 
         # 2. Conditions, of the source and the style without guidance
         device = self._execution_device
@@ -640,9 +684,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         elif image is None:
             latents = self.prepare_latents(num_rows, height, width, generator, latents, device)
         else:
-            # with a list of generators each image draws its own
-            image = _repeat(image, num_rows) if isinstance(generator, list) else image
-            image_latents = _repeat(self.encode_image(image, generator), num_rows)
+            image_latents = _repeat(self._encode(image), num_rows)
             if strength > 0:
                 latents = self.prepare_latents(
                     num_rows, height, width, generator, latents, device, image_latents, timesteps[0]

@@ -238,8 +238,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
     def get_steps(self, num_calls: int, jump_length: int, jump_n_sample: int) -> list[int]:
         """
         The order of the model calls under resampling (arXiv 2201.09865, section 4.2): the grid is cut into runs of
-        `jump_length` steps, and each run but the first is taken `jump_n_sample` times. The first starts at pure noise,
-        to which there is nothing to go back.
+        `jump_length` steps, and each run but the first is taken `jump_n_sample` times. Back at the start of the first,
+        which is pure noise unless `strength` is below 1, nothing would be left of what was painted.
 
         Args:
             num_calls (`int`): entries of the time grid.

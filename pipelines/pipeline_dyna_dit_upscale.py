@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import AutoencoderKL, PyramidAttentionBroadcastConfig, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import replace_example_docstring
@@ -266,6 +266,13 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             for top, rows in zip(tops, row_weights, strict=True)
             for left, columns in zip(lefts, column_weights, strict=True)
         ]
+        has_one_state = isinstance(getattr(self.transformer, "_cache_config", None), PyramidAttentionBroadcastConfig)
+        if has_one_state and len(tiles) > self._tile_batch_size:
+            raise ValueError(
+                f"`tile_batch_size`={self._tile_batch_size} predicts the {len(tiles)} tiles in several calls, but the cache "
+                "PyramidAttentionBroadcast holds one call only and would take one tile for another. Use "
+                f"`tile_batch_size={len(tiles)}`, or another cache."
+            )
         prediction, compute_ratios = 0, []
         for start in range(0, len(tiles), self._tile_batch_size):
             chunk = tiles[start : start + self._tile_batch_size]

@@ -353,10 +353,11 @@ class DynaUNetPipeline(DiffusionPipeline):
                 if self.do_classifier_free_guidance:
                     model_input = torch.cat([model_input, model_input])
 
-                model_output = self.unet(model_input, t, class_labels=label_ids, return_dict=False)[0].float()
+                labels = None if label_ids is None else label_ids[: len(model_input)]
+                model_output = self.unet(model_input, t, class_labels=labels, return_dict=False)[0].float()
                 if self.do_classifier_free_guidance:
                     conditional, unconditional = model_output.chunk(2)
-                    model_output = unconditional + guidance_scale * (conditional - unconditional)
+                    model_output = unconditional + self.guidance_scale * (conditional - unconditional)
 
                 latents = self.scheduler.step(model_output, t, latents, **extra_step_kwargs, return_dict=False)[0]
 

@@ -144,5 +144,8 @@ def test_every_block_runs(checkout, tmp_path_factory):
     assert (checkout / "outputs" / "three.png").exists()
     assert (checkout / "outputs" / "dynamic-three.png").exists()
     assert (checkout / "outputs" / "caption-three.png").exists()
-    for name in ("digits", "photos", "flowers", "dit-static", "dit-0.6", "dit-xl-2", "text-digits"):
+    for name in ("filled", "filled-without-training", "enlarged"):
+        assert (checkout / "outputs" / f"{name}.png").exists()
+    models = ("dit-static", "dit-0.6", "dit-xl-2", "text-digits", "dit-inpaint", "dit-upscale")
+    for name in ("digits", "photos", "flowers", *models):
         assert (checkout / "outputs" / name / "model_index.json").exists()

@@ -474,15 +474,15 @@ def _objective(folder: PipelineFolder, objective: str) -> str:
 def _description(folder: PipelineFolder, objective: str | None, text_encoder: dict) -> str:
     size, num_classes = _image_size(folder), folder.num_classes
     does = folder.image_task[0] if folder.image_task is not None else "draws images"
-    if folder.image_task is not None and size:
-        does += f", at {size} pixels,"
-    elif size:
-        does += f" of {size} pixels"
+    if factor := folder.index.get("upscale_factor"):
+        does += f" {factor} times"
+    if size:
+        does += f" {'to' if factor else 'of'} {size} pixels"
     if folder.has_text_encoder:
         does += " from a text" if folder.image_task is None else " as a text says"
     elif num_classes:
         does += f" of {num_classes:,} classes"
-    text = f"A [diffusers](https://github.com/huggingface/diffusers) pipeline that {does.rstrip(',')}"
+    text = f"A [diffusers](https://github.com/huggingface/diffusers) pipeline that {does}"
     text += f" by {_objective(folder, objective)}." if objective else "."
 
     rows = []

@@ -558,13 +558,22 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
     [arXiv 2312.02133](https://huggingface.co/papers/2312.02133), section 3.2).
 
     Args:
-        references (`torch.Tensor` of shape `(batch_size,)`): for each sample the index of its reference; its own where
-            it has none. Of a smaller batch, the leading part counts.
+        references (`list[int]`):
+            For each sample the index of its reference; its own where it has none. Of a smaller batch, the leading part
+            counts.
         strength (`float`): share of the normalisation, and factor of the attention weights of the reference; in (0, 1].
+        device (`torch.device`, *optional*): where the samples are.
     """
 
-    def __init__(self, references: torch.Tensor, strength: float):
+    def __init__(self, references: list[int], strength: float, device: torch.device | None = None):
         self.references, self.strength = references, strength
+        styled = [sample for sample, reference in enumerate(references) if sample != reference]
+        plain = [sample for sample, reference in enumerate(references) if sample == reference]
+        sources = [references[sample] for sample in styled]
+        # Made once: in the loop they would be copied to the device in every layer.
+        self._plain, self._styled, self._sources = (
+            torch.tensor(indices, dtype=torch.long, device=device) for indices in (plain, styled, sources)
+        )
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
@@ -579,12 +588,26 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
         Returns:
             `torch.Tensor` with the shape of `query`.
         """
-        references = self.references[: len(query)].to(query.device)
-        is_styled = references != torch.arange(len(references), device=query.device)
-        plain, styled = (mask.nonzero().squeeze(1) for mask in (~is_styled, is_styled))
+        batch_size, references = len(query), self.references[: len(query)]
+        if batch_size > len(references) or max(references) >= batch_size:
+            raise ValueError(
+                f"`references`={self.references} of `share_attention` do not fit a batch of {batch_size} samples. Give "
+                "one for each, and within the batch."
+            )
+        num_styled = sum(sample != reference for sample, reference in enumerate(references))
+        if num_styled == 0:
+            return super().attend(query, key, value, None)
+        plain, styled, references = (
+            indices.to(query.device)
+            for indices in (
+                self._plain[: batch_size - num_styled],
+                self._styled[:num_styled],
+                self._sources[:num_styled],
+            )
+        )
         output = torch.empty_like(query)
-        output[plain] = super().attend(query[plain], key[plain], value[plain], None)
-        references = references[styled]
+        if len(plain) > 0:
+            output[plain] = super().attend(query[plain], key[plain], value[plain], None)
         own = [
             torch.lerp(tensor[styled], _match_statistics(tensor[styled], tensor[references]), self.strength)
             for tensor in (query, key)
@@ -903,7 +926,7 @@ class _Plan:
     modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
     noise_level: float | None = None
     step: int | None = None
-    text: tuple = ()  # states, mask and dropout mask that keys and values were made of
+    text: tuple = ()  # states and dropout mask that keys and values were made of
     text_signature: tuple = ()
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
@@ -1488,6 +1511,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         # The blocks themselves, also while a feature cache has put something else into the list.
         self._blocks = tuple(self.transformer_blocks)
         self._width_mult = 1.0
+        self._is_sharing = False
         self._plan = None
         self._initialize_weights()
 
@@ -1682,23 +1706,26 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Raises:
             `ValueError`: on an index outside of the batch, or a strength outside of [0, 1].
         """
-        references = torch.as_tensor(references)
-        if not bool(((references >= 0) & (references < len(references))).all()):
+        references = [int(reference) for reference in references]
+        if not all(0 <= reference < len(references) for reference in references):
             raise ValueError(
-                f"`references`={references.tolist()} must be indices of the {len(references)} samples that it has."
+                f"`references`={references} must be indices of the {len(references)} samples that it has."
             )
         if not 0 <= strength <= 1:
             raise ValueError(f"`strength`={strength} must be in [0, 1]; 0 changes nothing.")
         layers = [block.attn for block in self._blocks] if strength > 0 else []
         processors = [layer.processor for layer in layers]
+        was_sharing, self._is_sharing = self._is_sharing, strength > 0 or self._is_sharing
         try:
             for layer, processor in zip(layers, processors, strict=True):
-                shared = DynaSharedAttnProcessor(references, strength)
+                device = self.pos_embed.proj.weight.device  # "meta" while it is offloaded
+                shared = DynaSharedAttnProcessor(references, strength, None if device.type == "meta" else device)
                 shared._attention_backend = processor._attention_backend
                 shared._parallel_config = processor._parallel_config
                 layer.set_processor(shared)
             yield
         finally:
+            self._is_sharing = was_sharing
             for layer, processor in zip(layers, processors, strict=True):
                 layer.set_processor(processor)
 
@@ -1792,7 +1819,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if self.config.cross_attention_dim is not None:
             num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
             if call.form == "skipping":
-                call.keys_values = self._find_keys_values(text, batch_size)
+                call.keys_values = self._find_keys_values((encoder_hidden_states, caption_dropout_mask), batch_size)
             call.text, call.text_mask = self._prepare_text(
                 *text, batch_size, hidden_states, is_prepared=call.keys_values is not None
             )
@@ -1964,7 +1991,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 if labels is not None:
                     plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
                     plan.label_rows = rows
-        if self.config.cross_attention_dim is not None and self._can_prepare_text(encoder_hidden_states):
+        if self.config.cross_attention_dim is not None and self._can_prepare_text(text):
             num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
             dtype = blocks[0].cross_attn.to_kv.weight.dtype
             rows = sum(block.cross_attn.to_kv.out_features for block in blocks)
@@ -1974,7 +2001,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 states, _ = self._prepare_text(*text, text_batch, like)
                 every = tuple(range(self.config.num_attention_heads))  # whatever the width
                 plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in blocks]
-                plan.text, plan.text_signature = text, _signature(text)
+                plan.text = (encoder_hidden_states, caption_dropout_mask)
+                plan.text_signature = _signature(plan.text)
                 plan.cut_weights.num_bytes += num_bytes
         plan.cut_weights.admit(self._count_slots(decisions, with_text=not plan.keys_values))
         plan.signature = self._plan_signature(plan)
@@ -1985,9 +2013,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def _dynamic_layers(self) -> list[DynaLinear]:
         return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
 
-    def _can_prepare_text(self, encoder_hidden_states: torch.Tensor | None) -> bool:
-        """Whether keys and values of the text hang on nothing but weights that the plan's signature sees."""
-        if encoder_hidden_states is None and self.null_caption is None:
+    def _can_prepare_text(self, text: tuple) -> bool:
+        """Whether keys and values of the text hang on nothing but what the plan's signatures see."""
+        if text[0] is None and self.null_caption is None:
+            return False
+        # What was made in inference mode does not tell when it is written to.
+        if any(tensor is not None and tensor.is_inference() for tensor in text):
             return False
         layers = [block.cross_attn.to_kv for block in self._blocks]
         if self.caption_projection is not None:
@@ -1995,6 +2026,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         is_plain = all(
             type(layer) in (nn.Linear, DynaKVLinear)
             and type(layer.weight.data) is torch.Tensor
+            and not layer.weight.is_inference()
             and not _has_hooks(layer)
             for layer in layers
         )
@@ -2229,6 +2261,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
         else:
             call.decisions = self._decide(temb) if step is None else plan.decisions[step]
+            # Samples with heads of their own are computed apart, away from their references.
+            if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
+                return call
         if step is not None:
             call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
         call.form = "skipping"

@@ -12,7 +12,7 @@ def measure_activity(
     noisy_sample: torch.Tensor,
     timesteps: torch.Tensor,
     class_labels: torch.Tensor | None = None,
-    **conditions: torch.Tensor,
+    **extra_arguments: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """
     What the routers leave on, by the rule of inference.
@@ -23,7 +23,7 @@ def measure_activity(
             The same images at every timestep, with the channels of their condition.
         timesteps (`torch.Tensor` of shape `(num_timesteps,)`): their times.
         class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): their classes.
-        conditions (`torch.Tensor`): further arguments of the transformer, such as `encoder_hidden_states`.
+        extra_arguments (`torch.Tensor`): further arguments of the transformer, such as `encoder_hidden_states`.
 
     Returns:
         `dict` of tensors on the CPU: `timesteps` and `compute_ratio` of shape `(num_timesteps,)`; `attn` and `mlp` of
@@ -31,7 +31,7 @@ def measure_activity(
         `(num_timesteps, batch_size, num_layers, num_tokens)`, 1 where a token took the MLP.
     """
     outputs = [
-        transformer(sample, timestep, class_labels, output_masks=True, **conditions)
+        transformer(sample, timestep, class_labels, output_masks=True, **extra_arguments)
         for sample, timestep in zip(noisy_sample, timesteps, strict=True)
     ]
     return {

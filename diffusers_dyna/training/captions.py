@@ -15,7 +15,14 @@ import torch
 
 from accelerate import Accelerator
 from diffusers.utils import logging
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+)
 
 from .randomness import keyed_uniform
 from .shards import INDEX_NAME, ShardReader, build_shards, hash_identity, hash_weights
@@ -95,7 +102,7 @@ def load_text_encoder(path: str, subfolder: str | None = None) -> tuple:
     config = AutoConfig.from_pretrained(path, **folder)
     if config.model_type in ("clip", "clip_text_model"):
         model_class = CLIPTextModel
-    elif type(config) in AutoModelForTextEncoding._model_mapping.keys():
+    elif type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         model_class = AutoModelForTextEncoding
     else:
         raise ValueError(
@@ -202,7 +209,8 @@ def check_sequence_length(max_sequence_length: int | None, text_encoder: PreTrai
         return most if most < 2**16 else 128
     if not 1 <= max_sequence_length <= most:
         raise ValueError(
-            f"`--max_sequence_length` {max_sequence_length} must be in [1, {most}]: the text encoder takes no more tokens."
+            f"`--max_sequence_length` {max_sequence_length} must be in [1, {most}]: the text encoder or its tokenizer "
+            "takes no more tokens."
         )
     return max_sequence_length
 

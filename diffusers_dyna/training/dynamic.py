@@ -54,7 +54,9 @@ def make_transformer(
     transformer = load_transformer(path)
     if args.router_mode is not None:
         expected = {**expected, "router_mode": args.router_mode}
-    if with_text:
+    if with_text and transformer.config.cross_attention_dim and not transformer.config.caption_channels:
+        expected = {**expected, "caption_channels": None, "cross_attention_dim": expected["caption_channels"]}
+    elif with_text:
         dim = args.cross_attention_dim or transformer.config.cross_attention_dim or _width(transformer.config)
         expected = {**expected, "cross_attention_dim": dim}
     transformer = adapt_transformer(transformer, expected, f"`--pretrained_model_name_or_path` {path}")
@@ -171,18 +173,18 @@ class DynamicLoss:
 
     def _predict(self, batch: NoisyBatch, complete_model: bool, gate_noise) -> tuple[torch.Tensor, torch.Tensor]:
         """The error of a prediction, and what it cost."""
-        conditions = batch.conditions
+        extra_arguments = batch.extra_arguments
         if batch.caption_dropout_mask is not None:
-            conditions = {**conditions, "caption_dropout_mask": batch.caption_dropout_mask}
+            extra_arguments = {**extra_arguments, "caption_dropout_mask": batch.caption_dropout_mask}
         output = self.run.model(
-            batch.with_condition(batch.noisy_sample),
+            batch.model_input(batch.noisy_sample),
             batch.timesteps,
             batch.class_labels,
             complete_model=complete_model,
             output_masks=not complete_model,
             class_dropout_mask=batch.class_dropout_mask,
             gate_noise=gate_noise,
-            **conditions,
+            **extra_arguments,
         )
         prediction, variance = output.sample.float(), None
         if self.args.learn_sigma:
@@ -247,8 +249,8 @@ class ActivityLog:
         noisy = [
             scheduler.add_noise(batch.sample, noise, timestep.expand(len(batch.sample))) for timestep in timesteps
         ]
-        inputs = torch.stack([batch.with_condition(sample) for sample in noisy])
-        return activity.measure_activity(model, inputs, timesteps, batch.class_labels, **batch.conditions)
+        inputs = torch.stack([batch.model_input(sample) for sample in noisy])
+        return activity.measure_activity(model, inputs, timesteps, batch.class_labels, **batch.extra_arguments)
 
     def log(self, step: int, model: DynaDiTTransformer2DModel) -> None:
         """

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import PIL.Image
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -45,9 +44,9 @@ class NoisyBatch:
         timesteps (`torch.Tensor` of shape `(batch_size,)`): times of the samples.
         class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): their classes.
         class_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): whose class is dropped.
-        condition (`torch.Tensor` of shape `(batch_size, condition_channels, height, width)`, *optional*):
-            What the model is given beside the noisy sample, as further channels.
-        conditions (`dict[str, torch.Tensor]`): further arguments of the model, a row for each sample.
+        extra_channels (`torch.Tensor` of shape `(batch_size, condition_channels, height, width)`, *optional*):
+            What the model is given beside the noisy sample, after its channels.
+        extra_arguments (`dict[str, torch.Tensor]`): further arguments of the model, a row for each sample.
         caption_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): whose caption is dropped.
         loss_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): what their errors count; `None` is 1.
     """
@@ -59,12 +58,12 @@ class NoisyBatch:
     timesteps: torch.Tensor
     class_labels: torch.Tensor | None
     class_dropout_mask: torch.Tensor | None
-    condition: torch.Tensor | None
-    conditions: dict[str, torch.Tensor]
+    extra_channels: torch.Tensor | None
+    extra_arguments: dict[str, torch.Tensor]
     caption_dropout_mask: torch.Tensor | None
     loss_weights: torch.Tensor | None
 
-    def with_condition(self, noisy_sample: torch.Tensor) -> torch.Tensor:
+    def model_input(self, noisy_sample: torch.Tensor) -> torch.Tensor:
         """
         Args:
             noisy_sample (`torch.Tensor` with the shape of `sample`): of these samples, at any time.
@@ -73,7 +72,7 @@ class NoisyBatch:
             `torch.Tensor` of shape `(batch_size, channels + condition_channels, height, width)`: what the model is
             given.
         """
-        return noisy_sample if self.condition is None else torch.cat([noisy_sample, self.condition], dim=1)
+        return noisy_sample if self.extra_channels is None else torch.cat([noisy_sample, self.extra_channels], dim=1)
 
     def first(self, count: int) -> "NoisyBatch":
         """
@@ -219,9 +218,10 @@ class TrainingRun:
             parameter_groups (`list[dict]`, *optional*):
                 Groups for the optimizer, with `lr_scale` relative to `--learning_rate`. `None` is all parameters.
             prepare (`Callable`, *optional*):
-                From a batch of [`collate_examples`] to what the task makes of it: clean samples, their `condition`
-                (or `None`) and their `conditions`, see [`NoisyBatch`], on the device. All that it draws must be a
-                function of the seed and of `sample_indices`. `None` trains on `pixel_values` as they are.
+                From a batch of [`collate_examples`] to what the task makes of it: clean samples, their
+                `extra_channels` (or `None`) and their `extra_arguments`, see [`NoisyBatch`], on the device. All that
+                it draws must be a function of the seed and of `sample_indices`. `None` trains on `pixel_values` as
+                they are.
             validation_inputs (`dict`, *optional*):
                 What the pipeline is called with to draw `--num_validation_images` samples, lists of that length, where
                 it is not each class in turn.
@@ -410,7 +410,7 @@ class TrainingRun:
         """
         args, device, indices = self.args, self.accelerator.device, batch["sample_indices"]
         config = self.unwrapped.config
-        sample, condition, conditions = self.prepare(batch)
+        sample, extra_channels, extra_arguments = self.prepare(batch)
         class_labels = dropout_mask = given_labels = caption_dropout_mask = None
         if self.source.id2label is not None:
             class_labels = given_labels = batch["class_labels"]
@@ -419,7 +419,7 @@ class TrainingRun:
                 given_labels = class_labels.masked_fill(dropout_mask, self.unwrapped.null_class_label)
                 dropout_mask = dropout_mask.to(device)
             class_labels = class_labels.to(device)
-        if "encoder_hidden_states" in conditions and self.unwrapped.has_null_caption:
+        if "encoder_hidden_states" in extra_arguments and self.unwrapped.has_null_caption:
             caption_dropout_mask = keyed_uniform(args.seed, "caption_dropout", indices) < config.caption_dropout_prob
             caption_dropout_mask = caption_dropout_mask.to(device)
         noise = keyed_randn(args.seed, "noise", indices, sample.shape[1:])
@@ -434,8 +434,8 @@ class TrainingRun:
             timesteps,
             class_labels,
             dropout_mask,
-            condition,
-            conditions,
+            extra_channels,
+            extra_arguments,
             caption_dropout_mask,
             objectives.loss_weights(args.weighting_scheme, self.scheduler, timesteps, args.snr_gamma),
         )
@@ -576,7 +576,8 @@ class TrainingRun:
 
     def draw_samples(self, pipeline: DiffusionPipeline) -> list:
         """
-        Samples of every class in turn, or of `validation_inputs`, from generators of their own: training draws the same with and without them.
+        Samples of every class in turn, or of `validation_inputs`, from generators of their own: training draws the same
+        with and without them.
 
         Args:
             pipeline ([`~diffusers.DiffusionPipeline`]): from [`averaged_pipeline`].
@@ -584,8 +585,6 @@ class TrainingRun:
         Returns:
             `list[PIL.Image.Image]`.
         """
-        if not callable(pipeline):  # until the package has the pipeline of the task
-            return [PIL.Image.new("L", (8, 8))]
         args, model = self.args, getattr(pipeline, self.component)
         num_classes, num_images = model.config.num_classes, args.num_validation_images
         inputs = self.validation_inputs

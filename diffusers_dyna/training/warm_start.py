@@ -12,7 +12,7 @@ from ..models import DynaDiTTransformer2DModel
 
 
 # What another task may add to a model that has it not.
-ADDABLE = ("condition_channels", "noise_level_conditioning", "cross_attention_dim", "caption_channels")
+ADDABLE = ("condition_channels", "noise_level_conditioning", "cross_attention_dim")
 
 
 def load_transformer(path: str | Path) -> DynaDiTTransformer2DModel:
@@ -55,7 +55,8 @@ def adapt_transformer(
     changes = {key: value for key, value in config.items() if transformer.config[key] != value}
     free = {"router_mode", *(key for key in ADDABLE if not transformer.config[key])}
     if transformer.config.cross_attention_dim is None and config.get("cross_attention_dim") is not None:
-        free |= {"caption_dropout_prob", *(["num_classes"] if config.get("num_classes", 0) is None else [])}
+        free |= {"caption_channels", "caption_dropout_prob"}
+        free |= {"num_classes"} if config.get("num_classes", 0) is None else set()
     different = [
         f"`{key}`={transformer.config[key]!r} instead of {value!r}"
         for key, value in changes.items()

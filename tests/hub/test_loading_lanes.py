@@ -18,6 +18,7 @@ from PIL import Image
 
 from huggingface_hub import constants
 
+import diffusers_dyna
 from diffusers_dyna import (
     DynaDiTPipeline,
     DynaDiTTextToImagePipeline,
@@ -40,17 +41,22 @@ class Family:
         save (`Callable`): saves a tiny pipeline in a folder and returns it.
         pipeline (`str`): name of its class.
         components (`dict[str, str]`): module and name of each component's class.
-        call (`dict`): arguments of a call, without generator and output type.
-        card_call (`dict`): what the example in the card draws.
-        has_names (`bool`): whether it takes `id2label`.
+        call (`str`): arguments of a call as code, without generator and output type.
+        card_call (`dict`): what the example in the card draws, but for the pictures that it reads.
+        settings (`tuple[str, ...]`): further arguments of the pipeline's class, saved in its config.
+        pictures (`tuple[str, ...]`): arguments for which the example in the card reads a picture.
     """
 
     save: Callable
     pipeline: str
     components: dict[str, str]
-    call: dict
+    call: str
     card_call: dict
-    has_names: bool = True
+    settings: tuple[str, ...] = ("id2label",)
+    pictures: tuple[str, ...] = ()
+
+    def arguments(self) -> dict:
+        return eval(f"dict({self.call})", {"numpy": np})
 
 
 def save_tiny_dit_pipeline(folder):
@@ -87,37 +93,79 @@ def save_tiny_text_pipeline(folder):
     return pipeline
 
 
-CARD_LABELS = {"class_labels": [0, 1]}
+def saver(pipeline_class, **config):
+    """A function that saves a tiny pipeline which is given images, with classes or with text."""
+
+    def save(folder):
+        transformer = tiny_dit(in_channels=1, learn_sigma=False, **config)
+        parts = (
+            {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()}
+            if "caption_channels" in config
+            else {}
+        )
+        pipeline = pipeline_class(transformer, FlowMatchODEScheduler(), **parts)
+        pipeline.save_pretrained(folder)
+        return pipeline
+
+    return save
+
+
 DIT = {
     "transformer": "diffusers_dyna.DynaDiTTransformer2DModel",
     "scheduler": "diffusers_dyna.FlowMatchODEScheduler",
 }
+WITH_TEXT = {**DIT, "text_encoder": "transformers.BertModel", "tokenizer": "transformers.PreTrainedTokenizerFast"}
+LABELS = 'class_labels=[3, "digit 7"], num_inference_steps=3, guidance_scale=2.0'
+PROMPTS = 'prompt=["a big red square", "dark"], num_inference_steps=3, guidance_scale=2.0'
+IMAGE = "image=numpy.linspace(0, 1, 64, dtype=numpy.float32).reshape(1, 8, 8, 1)"
+MASK = "mask_image=numpy.tri(8, dtype=numpy.float32).reshape(1, 8, 8, 1)"
 FAMILIES = {
     "unet": Family(
         save=save_tiny_pipeline,
         pipeline="DynaUNetPipeline",
         components={"unet": "diffusers_dyna.DynaUNet2DModel", "scheduler": "diffusers_dyna.FlowMatchODEScheduler"},
-        call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
-        card_call=CARD_LABELS,
+        call=LABELS,
+        card_call={"class_labels": [0, 1]},
     ),
     "dit": Family(
         save=save_tiny_dit_pipeline,
         pipeline="DynaDiTPipeline",
         components=DIT,
-        call={"class_labels": [3, "digit 7"], "num_inference_steps": 3, "guidance_scale": 2.0},
-        card_call=CARD_LABELS,
+        call=LABELS,
+        card_call={"class_labels": [0, 1]},
     ),
     "text": Family(
         save=save_tiny_text_pipeline,
         pipeline="DynaDiTTextToImagePipeline",
-        components={
-            **DIT,
-            "text_encoder": "transformers.BertModel",
-            "tokenizer": "transformers.PreTrainedTokenizerFast",
-        },
-        call={"prompt": ["a big red square", "dark"], "num_inference_steps": 3, "guidance_scale": 2.0},
+        components=WITH_TEXT,
+        call=PROMPTS,
         card_call={"prompt": "a lighthouse on a cliff"},
-        has_names=False,
+        settings=(),
+    ),
+    "img2img": Family(
+        save=saver(diffusers_dyna.DynaDiTImg2ImgPipeline, **TEXT),
+        pipeline="DynaDiTImg2ImgPipeline",
+        components=WITH_TEXT,
+        call=f"{PROMPTS}, {IMAGE}",
+        card_call={"prompt": "a lighthouse on a cliff"},
+        pictures=("image",),
+    ),
+    "inpaint": Family(
+        save=saver(diffusers_dyna.DynaDiTInpaintPipeline, condition_channels=2),
+        pipeline="DynaDiTInpaintPipeline",
+        components=DIT,
+        call=f"class_labels=[1, 2], num_inference_steps=3, guidance_scale=2.0, {IMAGE}, {MASK}",
+        card_call={"class_labels": [0]},
+        pictures=("image", "mask_image"),
+    ),
+    "upscale": Family(
+        save=saver(diffusers_dyna.DynaDiTUpscalePipeline, condition_channels=1, noise_level_conditioning=True),
+        pipeline="DynaDiTUpscalePipeline",
+        components=DIT,
+        call=f"class_labels=[1, 2], num_inference_steps=3, {IMAGE}",
+        card_call={"class_labels": [0]},
+        settings=("id2label", "upscale_factor", "max_noise_level"),
+        pictures=("image",),
     ),
 }
 
@@ -157,7 +205,7 @@ LOAD = {
 
 DRAW = """
 import numpy, torch
-images = pipe(**{call!r}, generator=torch.Generator().manual_seed(5), output_type="np").images
+images = pipe({call}, generator=torch.Generator().manual_seed(5), output_type="np").images
 numpy.save("images.npy", images)
 print("class of the pipeline:", type(pipe).__module__)
 """
@@ -181,7 +229,7 @@ def published(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     pipeline = family.save(folder / "model")
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(**family.call, generator=torch.Generator().manual_seed(5), output_type="np").images
+    images = pipeline(**family.arguments(), generator=torch.Generator().manual_seed(5), output_type="np").images
     assert np.ptp(images) > 0.1, "images that are all alike would compare equal whatever was loaded"
     write_training_summary(folder / "model")
 
@@ -197,7 +245,7 @@ def published(request, tmp_path_factory):
                 file = folder / branch / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-        settings = {"id2label": pipeline.id2label} if family.has_names else {}
+        settings = {name: pipeline.config[name] for name in family.settings}
         yield Published(hub, repo.repo_id, family, local, repo.remote_code_commit, images, settings)
 
 
@@ -236,6 +284,31 @@ def load_and_draw(lane: str, published: Published, folder: Path, source: str, re
 
 def test_package_class_from_the_hub(published, tmp_path):
     load_and_draw("package", published, tmp_path, published.repo_id)
+
+
+# The pipelines that can work with the components of another one.
+TWINS = {
+    "DynaDiTPipeline": ("DynaDiTImg2ImgPipeline", "DynaDiTInpaintPipeline"),
+    "DynaDiTTextToImagePipeline": ("DynaDiTImg2ImgPipeline", "DynaDiTInpaintPipeline"),
+    "DynaDiTImg2ImgPipeline": ("DynaDiTTextToImagePipeline", "DynaDiTInpaintPipeline"),
+}
+
+
+def test_from_pipe_of_a_loaded_pipeline(published):
+    """There and back, with the very same components and names."""
+    family = published.family
+    cls = getattr(diffusers_dyna, family.pipeline)
+    pipe = cls.from_pretrained(published.local["main"])
+    for name in TWINS.get(family.pipeline, (family.pipeline,)):
+        twin = getattr(diffusers_dyna, name).from_pipe(pipe)
+        back = cls.from_pipe(twin)
+        for component in family.components:
+            assert getattr(pipe, component) is getattr(twin, component) is getattr(back, component)
+        for setting in family.settings:
+            assert back.config[setting] == pipe.config[setting] == published.settings[setting]
+    back.set_progress_bar_config(disable=True)
+    images = back(**family.arguments(), generator=torch.Generator().manual_seed(5), output_type="np").images
+    np.testing.assert_allclose(images, published.images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -282,6 +355,10 @@ def test_the_code_in_the_card_runs(published, tmp_path, with_package):
     snippet = blocks[0] if with_package else blocks[1]
     assert with_package or f'revision="{published.remote_code_commit}"' in snippet
 
+    pictures = {"image": Image.linear_gradient("L").resize((8, 8)), "mask_image": Image.new("L", (8, 8))}
+    pictures["mask_image"].paste(255, (2, 3, 6, 7))
+    pictures["image"].save(tmp_path / "image.png")
+    pictures["mask_image"].save(tmp_path / "mask.png")
     done = run(snippet if with_package else WITHOUT_PACKAGE + snippet, published, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Expected types" not in done.stderr
@@ -289,6 +366,7 @@ def test_the_code_in_the_card_runs(published, tmp_path, with_package):
     # The picture that the card promises: settings and seed of the sample grid.
     expected = published.family.save(tmp_path / "again")(
         **published.family.card_call,
+        **{name: pictures[name] for name in published.family.pictures},
         num_inference_steps=4,
         guidance_scale=2.0,
         generator=torch.Generator().manual_seed(7),

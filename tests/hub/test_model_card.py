@@ -9,6 +9,7 @@ import pytest
 
 from huggingface_hub import ModelCard
 
+import diffusers_dyna
 from diffusers_dyna import DynaDiTTextToImagePipeline, DynaUNet2DModel, DynaUNetPipeline, FlowMatchODEScheduler
 from diffusers_dyna.hub import create_model_card
 from diffusers_dyna.hub.model_card import without_local_paths
@@ -194,6 +195,47 @@ def test_a_text_to_image_model(tmp_path):
     assert (
         "The text encoder is [flan-t5](https://huggingface.co/google/flan-t5-base), licence mit; captions had" in text
     )
+
+
+@pytest.mark.parametrize(
+    "name, config, tags, description, arguments",
+    [
+        (
+            "DynaDiTImg2ImgPipeline",
+            TEXT,
+            [],
+            "redraws images of 8 x 8 pixels as a text says by flow",
+            ["image=image,", 'prompt="a lighthouse on a cliff",'],
+        ),
+        (
+            "DynaDiTInpaintPipeline",
+            {"condition_channels": 4},
+            ["class-conditional", "inpainting"],
+            "paints the masked part of images of 8 x 8 pixels of 3 classes by flow",
+            ["image=image,", "mask_image=mask_image,", "class_labels=[0],"],
+        ),
+        (
+            "DynaDiTUpscalePipeline",
+            {"condition_channels": 3, "noise_level_conditioning": True},
+            ["class-conditional", "super-resolution"],
+            "enlarges images 2 times to 8 x 8 pixels of 3 classes by flow",
+            ["image=image,", "class_labels=[0],"],
+        ),
+    ],
+)
+def test_pipelines_that_are_given_images(name, config, tags, description, arguments, tmp_path):
+    texts = {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer()} if config is TEXT else {}
+    getattr(diffusers_dyna, name)(tiny_dit(**config), FlowMatchODEScheduler(), **texts).save_pretrained(tmp_path)
+    card = create_model_card(tmp_path, "ada/pictures")
+    assert card.data.pipeline_tag == "image-to-image"
+    assert card.data.tags == ["diffusers", "diffusers-dyna", "flow-matching", "dynamic-dit", *tags]
+    assert description in card.text
+    for block in re.findall(r"```python\n(.*?)```", card.text, flags=re.S):
+        call = re.search(r"images = pipe\(\n(.*)\)\.images", block, flags=re.S)[1].split("\n")
+        assert [line.strip() for line in call if line][:-1] == arguments
+        assert "from diffusers.utils import load_image\n" in block
+        assert 'image = load_image("image.png")  # your picture\n' in block
+        assert ('mask_image = load_image("mask.png")  # white where to paint\n' in block) == ("Inpaint" in name)
 
 
 def test_names_that_are_no_unique_key_are_not_used_in_the_example(pipeline_dir):

@@ -210,6 +210,9 @@ def test_keys_and_values_of_the_text_are_computed_once():
             torch.testing.assert_close(actual, expected_of_other if other else expected, **CLOSE)
             assert len(calls) == 3
             del calls[:]
+        mask = arguments["encoder_attention_mask"].clone()  # keys and values do not hang on it
+        torch.testing.assert_close(run(model, arguments, encoder_attention_mask=mask).sample, expected, **CLOSE)
+        assert not calls
         trailing = {name: value[1:] for name, value in arguments.items()}
         torch.testing.assert_close(run(model, trailing).sample, expected[1:], **CLOSE)
         arguments["encoder_hidden_states"].copy_(states)  # the same memory, another text
@@ -219,6 +222,21 @@ def test_keys_and_values_of_the_text_are_computed_once():
         DynaKVLinear.forward = method
     model.clear_plan()
     assert model.plan_bytes == 0
+
+
+def test_text_made_in_inference_mode_is_not_prepared():
+    """It does not tell when it is written to, as a callback may do."""
+    arguments = text_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments, **TEXT)
+    with torch.inference_mode():
+        arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"].clone()
+        prepare(model, arguments)
+        before = model(**arguments).sample
+        arguments["encoder_hidden_states"].mul_(-2)
+        after = model(**arguments).sample
+        model.clear_plan()
+        torch.testing.assert_close(after, model(**arguments).sample, **CLOSE)
+    assert_differ(after, before)
 
 
 def test_plan_orders_heads_of_the_text_too():
@@ -618,6 +636,29 @@ def test_shared_attention_in_every_form(router_mode):
         torch.testing.assert_close(run(model, arguments).sample, plain, **CLOSE)
 
 
+@pytest.mark.parametrize("references", [[0, 0, 0], [2, 1, 1], [0, 1, 0]])
+def test_shared_attention_of_mixed_timesteps(references):
+    """Samples whose timesteps leave them other heads."""
+    arguments = dit_inputs()
+    model = mixed_dyna_dit(arguments)
+    with model.share_attention(references, 0.7):
+        masked = run_masked(model, arguments).sample
+        torch.testing.assert_close(run(model, arguments).sample, masked, **CLOSE)
+    assert_differ(masked, run(model, arguments).sample)
+
+
+def test_shared_attention_in_one_graph():
+    """In compiled blocks it breaks no graph."""
+    arguments = dit_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments)
+    with model.share_attention([1, 1, 1], 0.7):
+        expected = run(model, arguments).sample
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+    torch._dynamo.reset()
+
+
 def test_shared_attention_ends_with_an_error():
     model = tiny_dyna_dit()
     processors = model.attn_processors
@@ -697,6 +738,14 @@ def test_wrong_conditions_of_other_models():
         run(upscale, arguments, noise_level=1001.0)
     with pytest.raises(ValueError, match=r"`noise_level` must be a number or have shape \(3,\)"):
         run(upscale, arguments, noise_level=torch.zeros(2))
+
+
+def test_shared_attention_of_a_larger_batch():
+    with pytest.raises(
+        ValueError, match=r"`references`=\[0, 0\] of `share_attention` do not fit a batch of 3 samples"
+    ):
+        with (model := tiny_dyna_dit()).share_attention([0, 0]):
+            run(model, dit_inputs(same_time=True))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatch
 from diffusers_dyna.pipelines import DynaDiTPipelineOutput
 
 from ..testing_utils import UNCONDITIONAL, logged_warnings, randn
-from .dyna_dit_common import assert_close, generators, tiny_dit, tiny_vae
+from .dyna_dit_common import DynaDiTPipelineTests, assert_close, generators, tiny_dit, tiny_vae
 
 
 LABELS = {0: "cat, tabby", 1: "dog", 2: "bird, dog house"}
@@ -127,6 +127,16 @@ def record(monkeypatch, transformer, name: str, log: list | None = None) -> list
 
     monkeypatch.setattr(transformer, name, recorded)
     return log
+
+
+class TestStandard(DynaDiTPipelineTests):
+    pipeline_class = DynaDiTPipeline
+
+    def make(self, **overrides):
+        return make_pipeline(**overrides)
+
+    def arguments(self, *entries):
+        return {"class_labels": [entry % 3 for entry in entries], "guidance_scale": 2.0}
 
 
 @pytest.mark.parametrize("router_mode", ["capacity", "threshold"])
@@ -847,6 +857,46 @@ def test_callback_changes_the_latents():
         time = pipe.scheduler.timesteps[2]
         velocity = pipe.transformer(torch.zeros(1, 3, 8, 8), time, torch.tensor([1])).sample[:, :3]
     assert_close(images, -velocity / 3)
+
+
+def test_dynamic_shifting_is_refused():
+    pipe = make_pipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(ValueError, match="`use_dynamic_shifting`, whose `mu` no size of this model tells"):
+        draw(pipe, 1)
+
+
+def test_callback_switches_guidance_off():
+    """As diffusers' callbacks do: from then on the class is drawn, in calls of its own."""
+    pipe = make_pipeline()
+    calls = record_labels(pipe)
+
+    def switch_off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+        return tensors
+
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.5, "generator": generators(0)}
+    actual = draw(pipe, 1, callback_on_step_end=switch_off, **arguments)
+    assert calls == [[1, 3], [1, 3], [1], [1]]
+    arguments["generator"] = generators(0)
+    assert_close(actual, draw(pipe, 1, guidance_interval=(0.6, 1.0), **arguments))
+
+
+def test_callback_changes_the_scale_of_guidance():
+    pipe = make_pipeline()
+
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 4.0
+        return tensors
+
+    latents = state = randn(1, 3, 8, 8)
+    with torch.no_grad():
+        for time, scale in ((1.0, 2.0), (0.5, 4.0)):
+            conditional = pipe.transformer(state, 1000 * time, torch.tensor([1])).sample[:, :3]
+            null = pipe.transformer(state, 1000 * time, None).sample[:, :3]
+            state = state - 0.5 * (null + scale * (conditional - null))
+    actual = draw(pipe, 1, latents=latents, num_inference_steps=2, guidance_scale=2.0, callback_on_step_end=change)
+    assert_close(actual, state)
 
 
 def test_callback_interrupts():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 
 import diffusers_dyna
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, FlowMatchODEScheduler
@@ -127,6 +127,16 @@ def test_negative_prompt(negative, interval):
     between = (0.3999, 0.8001) if interval else (0.0, 1.0)
     assert_close(actual, written_out_loop(pipe, PROMPTS, 4, 2.5, each, between))
     assert (actual - draw(pipe, PROMPTS, generator=generators(0, 1, 2), **arguments)).abs().max() > 0.01
+
+
+def test_negative_prompt_without_guidance_has_no_effect():
+    """As in diffusers' pipelines, but said."""
+    pipe = make_pipeline()
+    expected = draw(pipe, "red", generator=generators(0))
+    with logged_warnings() as warnings:
+        actual = draw(pipe, "red", negative_prompt="blue", generator=generators(0))
+    assert_close(actual, expected)
+    assert warnings == ["`negative_prompt` has no effect without guidance: `guidance_scale`=1.0 must be above 1."]
 
 
 @pytest.mark.parametrize("settings", [{"rescale": 0.7}, {"rescale": 1.0, "guided_channels": 2}], ids=str)
@@ -286,7 +296,7 @@ def test_a_long_prompt_is_cut_with_a_warning():
     long = "a big red square bright"
     with logged_warnings() as warnings:
         embeds = pipe.encode_prompt(long, max_sequence_length=5)[0]
-    assert warnings == [f"`prompt` {long!r} is longer than 5 tokens. This part was cut off: 'square bright'."]
+    assert warnings == ["`prompt` has 7 tokens, but the first 5 count. This part was cut off: 'square bright'."]
     assert_close(embeds, encode(pipe, "a big red"))
     with logged_warnings() as warnings:
         assert pipe.encode_prompt(long)[0].shape[1] == 7
@@ -399,6 +409,17 @@ def test_callback_replaces_the_null_caption():
     assert (actual - null).abs().max() > 0.01 and (actual - negative).abs().max() > 0.01
 
 
+def test_the_callback_of_diffusers_that_ends_guidance():
+    pipe = make_pipeline()
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.5}
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    actual = draw(pipe, "red", generator=generators(0), callback_on_step_end=callback, **arguments)
+    expected = draw(pipe, "red", generator=generators(0), guidance_interval=(0.45, 1.0), **arguments)
+    assert_close(actual, expected)
+    with pytest.raises(ValueError, match=r"`prompt_embeds` from `callback_on_step_end` must have shape \(2, "):
+        draw(pipe, ["red", "blue"], callback_on_step_end=callback, **arguments)  # it leaves one of two texts
+
+
 def test_callback_classes_name_their_tensors():
     class Swap(PipelineCallback):
         tensor_inputs = ["prompt_embeds"]
@@ -469,9 +490,9 @@ EMBEDS = torch.zeros(2, 4, 16)
             "`prompt_attention_mask` masks all tokens of a text. Leave one to attend to",
         ),
         (
-            {"prompt": "red", "negative_prompt": "blue"},
+            {"negative_prompt": "blue"},
             ValueError,
-            "`negative_prompt` takes part in guidance only: give a `prompt` and a `guidance_scale` above 1",
+            "`negative_prompt` was given without a `prompt`: there is nothing to guide",
         ),
         (
             {"prompt": ["red", "blue"], "negative_prompt": ["a", "a", "a"], "guidance_scale": 2.0},

@@ -444,6 +444,28 @@ def test_callback_changes_the_latents():
     torch.testing.assert_close(images, -velocity / 3, **CLOSE)
 
 
+def test_callback_changes_guidance():
+    """As diffusers' callbacks do: another scale, and none, which leaves the class."""
+    pipe = make_pipeline()
+    channels = pipe.unet.config.in_channels
+    scales = {0: 4.0, 1: 0.0}
+
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = scales.get(step, 0.0)
+        return tensors
+
+    latents = state = randn(1, channels, 8, 8)
+    with torch.no_grad():
+        for time, scale in ((1.0, 2.0), (2 / 3, 4.0), (1 / 3, 1.0)):
+            conditional = pipe.unet(state, 1000 * time, torch.tensor([1])).sample
+            null = pipe.unet(state, 1000 * time, torch.tensor([pipe.unet.null_class_label])).sample
+            state = state - (null + scale * (conditional - null)) / 3
+    actual = pipe(
+        1, latents=latents, num_inference_steps=3, guidance_scale=2.0, callback_on_step_end=change, output_type="pt"
+    ).images
+    torch.testing.assert_close(actual, (state / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-4)
+
+
 def test_callback_interrupts():
     pipe = make_pipeline()
     kept = []

@@ -4,12 +4,20 @@
 import filecmp
 import json
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from diffusers import AutoencoderKL
 
-from diffusers_dyna import DynaDiTPipeline, DynaDiTTransformer2DModel, FlowMatchODEScheduler
+from diffusers_dyna import (
+    DynaDiTInpaintPipeline,
+    DynaDiTPipeline,
+    DynaDiTTransformer2DModel,
+    DynaDiTUpscalePipeline,
+    FlowMatchODEScheduler,
+)
 from diffusers_dyna.training.data import ImageTransform, TrainingImages, collate_examples, load_digits
 from diffusers_dyna.training.tasks import make_inpainting, make_upscaling
 
@@ -37,7 +45,8 @@ def runs(run_here, tmp_path_factory):
     """120 static steps of each task."""
     folder = tmp_path_factory.mktemp("tasks")
     for task, options in TASKS.items():
-        run_here(folder / task, static=True, max_train_steps=120, learning_rate=5e-3, validation_steps=60, **options)
+        options = {**options, "max_train_steps": 120, "validation_steps": 60, "num_validation_images": 9}
+        run_here(folder / task, static=True, learning_rate=5e-3, **options)
     return folder
 
 
@@ -67,6 +76,28 @@ def test_it_learns_to_use_its_condition(runs, task):
             prediction = model(torch.cat([noisy, given], dim=1), 900.0, batch["class_labels"], **conditions).sample
             errors.append((prediction - (noise - sample)).square().mean().item())
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_the_pipeline_of_inpainting(runs):
+    pipe = DynaDiTInpaintPipeline.from_pretrained(runs / "inpaint")
+    pipe.set_progress_bar_config(disable=True)
+    image = PIL.Image.fromarray(load_digits().images[7])
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[2:6, 2:6] = 255
+    options = {"class_labels": [7], "num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
+    result = np.asarray(pipe(image=image, mask_image=PIL.Image.fromarray(mask), **options).images[0])
+    assert (result[mask == 0] == np.asarray(image)[mask == 0]).all()
+    assert result[mask == 255].std() > 0
+    assert (runs / "inpaint" / "samples" / "step-120.png").exists()
+
+
+def test_the_pipeline_of_upscaling(runs):
+    pipe = DynaDiTUpscalePipeline.from_pretrained(runs / "upscale")
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.config.upscale_factor, pipe.config.max_noise_level) == (2, 350.0)
+    images = [PIL.Image.fromarray(load_digits().images[i]).reduce(2) for i in (0, 1)]
+    results = pipe(image=images, class_labels=[0, 1], num_inference_steps=4).images
+    assert [result.size for result in results] == [(8, 8), (8, 8)]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -115,7 +146,7 @@ def test_latents(run_here, tmp_path, task):
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(tmp_path / "vae")
-    options = {**TASKS[task], "vae": tmp_path / "vae", "max_train_steps": 4}
+    options = {**TASKS[task], "vae": tmp_path / "vae", "max_train_steps": 4, "static": True, "unconditional": True}
     run_here(tmp_path / "run", **options)
     config = load(tmp_path / "run").config
     assert (config.sample_size, config.in_channels) == (4, 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusers import AutoencoderKL
+from transformers import BertConfig, BertModel
 
 from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaDiTTransformer2DModel
 from diffusers_dyna.training.captions import EncodedCaptions
@@ -190,6 +191,7 @@ class TestTraining:
             vae=tmp_path / "vae",
             random_flip=True,
             resolution=8,
+            static=True,
             max_train_steps=3,
         )
         pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "run")
@@ -208,6 +210,7 @@ class TestWarmStart:
             pretrained_model_name_or_path=tmp_path / "classes",
             text_encoder=encoder,
             dataset="digits",
+            static=True,
             max_train_steps=1,
             learning_rate=1e-12,
             num_validation_images=0,
@@ -223,10 +226,18 @@ class TestWarmStart:
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         assert expected.abs().max() > 0.05
 
+    def test_a_model_that_reads_the_states_as_they_are_goes_on(self, run_here, options, tmp_path):
+        """Without a projection of its own, which would have to start from nothing."""
+        config = {"sample_size": 8, "in_channels": 3, "num_classes": None, "learn_sigma": False, "num_layers": 2}
+        config |= {"num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 16}
+        DynaDiTTransformer2DModel(**config).save_pretrained(tmp_path / "model")
+        settings = {**options, "static": True, "max_train_steps": 1, "num_validation_images": 0}
+        run_here(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "model", **settings)
+        model = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer")
+        assert (model.config.caption_channels, model.config.cross_attention_dim) == (None, 16)
+
     def test_another_encoder_does_not_fit(self, run_here, static_run, options, tmp_path):
         config = json.loads((options["text_encoder"] / "config.json").read_text())
-        from transformers import BertConfig, BertModel
-
         BertModel(BertConfig.from_dict({**config, "hidden_size": 8})).save_pretrained(tmp_path / "encoder")
         tiny_tokenizer(["a"]).save_pretrained(tmp_path / "encoder")
         with pytest.raises(ValueError, match="it has `caption_channels`=16 instead of 8"):
@@ -248,7 +259,7 @@ class TestResume:
         assert_same_run(tmp_path / "whole", tmp_path / "parts", 40)
 
     def test_the_encoder_and_the_cache_may_move(self, run_here, options, encoder, tmp_path):
-        settings = {**options, "num_validation_images": 0, "gradient_accumulation_steps": 2}
+        settings = {**options, "static": True, "num_validation_images": 0, "gradient_accumulation_steps": 2}
         run_here(tmp_path / "whole", max_train_steps=6, **settings)
         run_here(tmp_path / "parts", max_train_steps=4, caption_cache_dir=tmp_path / "cache", **settings)
         for path in encoder.iterdir():
@@ -259,7 +270,7 @@ class TestResume:
         assert filecmp.cmp(tmp_path / "whole" / WEIGHTS, tmp_path / "parts" / WEIGHTS, shallow=False)
 
     def test_other_captions_are_another_run(self, run_here, options, pictures, tmp_path):
-        settings = {**options, "num_validation_images": 0}
+        settings = {**options, "static": True, "num_validation_images": 0}
         run_here(tmp_path / "run", max_train_steps=1, **settings)
         lines = (pictures / "metadata.jsonl").read_text().splitlines(keepends=True)
         other = tmp_path / "other" / pictures.name

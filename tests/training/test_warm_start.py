@@ -125,6 +125,7 @@ def test_what_fits_is_taken_as_it_is(tmp_path):
         ({"condition_channels": 5}, {"condition_channels": 0}, "`condition_channels`=5 instead of 0"),
         (TEXT, {"caption_channels": 32, "cross_attention_dim": 24}, "`caption_channels`=16 instead of 32"),
         (TEXT, {"cross_attention_dim": None}, "`cross_attention_dim`=24 instead of None"),
+        ({**TEXT, "caption_channels": None}, TEXT, "`caption_channels`=None instead of 16"),
         ({"learn_sigma": True}, {"learn_sigma": False, **TEXT}, "`learn_sigma`=True instead of False"),
     ],
 )
