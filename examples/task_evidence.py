@@ -79,17 +79,20 @@ TRAINING = {
     "num_validation_images": 0,
     "report_to": "none",
 }
-FASHION_MNIST = {"script": "train_dyna_dit", "dataset": "fashion-mnist"}
+OPENMOJI = {
+    **TRAINING,
+    "script": "train_text_to_image",
+    "resolution": 32,
+    "max_sequence_length": 24,
+    "train_batch_size": 16,
+    "time_shift": 2,
+}
+FASHION_MNIST = {**TRAINING, "script": "train_dyna_dit", "dataset": "fashion-mnist"}
 # By the name of the folder; all whose names begin with that of a task are its parts, in their order.
 TRAINED = {
     "text_to_image_first": {
-        **TRAINING,
+        **OPENMOJI,
         **SHAPE,
-        "script": "train_text_to_image",
-        "resolution": 32,
-        "max_sequence_length": 24,
-        "train_batch_size": 16,
-        "time_shift": 2,
         "learning_rate": 1.5e-3,
         "lr_scheduler": "cosine",
         "max_train_steps": 5000,
@@ -98,12 +101,7 @@ TRAINED = {
     },
     # The routers of the first part are behind the budget when its learning rate is at its end.
     "text_to_image": {
-        **TRAINING,
-        "script": "train_text_to_image",
-        "resolution": 32,
-        "max_sequence_length": 24,
-        "train_batch_size": 16,
-        "time_shift": 2,
+        **OPENMOJI,
         "learning_rate": 3e-4,
         "router_learning_rate": 3e-2,
         "max_train_steps": 1000,
@@ -111,9 +109,8 @@ TRAINED = {
         "budget_decay_steps": 1,
     },
     "upscale": {
-        **TRAINING,
-        **SHAPE,
         **FASHION_MNIST,
+        **SHAPE,
         "task": "upscale",
         "upscale_factor": 2,
         "max_noise_level": 200,
@@ -125,7 +122,6 @@ TRAINED = {
         "budget_decay_steps": 1000,
     },
     "inpaint": {
-        **TRAINING,
         **FASHION_MNIST,
         "task": "inpaint",
         "resolution": 32,
