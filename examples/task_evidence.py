@@ -574,13 +574,11 @@ def refuse_differences(path: Path, stored: dict, current: dict, remedy: str) -> 
     """Raises a `ValueError` that names the first setting in which a file differs from this script."""
     for name in {**current, **stored}:
         if stored.get(name) != current.get(name):
-            raise ValueError(
-                f"`{name}` is {stored.get(name)!r} in {path}, but {current.get(name)!r} in this script. {remedy}"
-            )
+            raise ValueError(f"`{name}` is {stored.get(name)!r} in {path}, but {current.get(name)!r} now. {remedy}")
 
 
 def train(args: argparse.Namespace, part: str, seed_dir: Path, seed: int) -> None:
-    """Trains one part, unless it is done. What was begun with other options, given or by default, is refused."""
+    """Trains one part, unless it is done. What was trained with other options, given or by default, is refused."""
     folder, options = seed_dir / part, {**TRAINED[part], "seed": seed, "resume_from_checkpoint": "latest"}
     script = options.pop("script")
     paths = {"output_dir": folder}
@@ -595,19 +593,23 @@ def train(args: argparse.Namespace, part: str, seed_dir: Path, seed: int) -> Non
     words = []
     for name, value in (options | paths).items():
         words += [f"--{name}", *([] if value is True else [str(value)])]
+    remedy = f"Delete {folder} and what was trained and measured from it, or take another `--output_dir`."
     if (folder / "args.json").exists():
         parser = importlib.import_module(script).make_parser()
         stored, current = json.loads((folder / "args.json").read_text()), vars(parser.parse_args(words))
         # Folders may move, and an option that the script has got since then is at its default.
         current = {name: value for name, value in current.items() if name not in paths}
         stored = {name: stored.get(name, parser.get_default(name)) for name in current}
-        remedy = f"Delete {folder} and what was trained and measured from it, or take another `--output_dir`."
         refuse_differences(folder / "args.json", stored, current, remedy)
     if not (folder / "model_index.json").exists():
         # On a CPU the backward pass of PyTorch's fused attention takes longer than all the rest of a model this small: 0.30
         # instead of 0.16 s a step of 16 images and captions (PyTorch 2.13, one core of an AMD EPYC, bfloat16).
         environment = {"DIFFUSERS_ATTN_BACKEND": "_native_math", **os.environ}
         subprocess.run([sys.executable, str(EXAMPLES / f"{script}.py"), *words], check=True, env=environment)
+    elif "train_data_dir" in paths:  # the script itself looks when it goes on
+        path, name = folder / "training_summary.json", "data_fingerprint"
+        stored, current = json.loads(path.read_text())["args"][name], data.CaptionFolderSource(paths["train_data_dir"])
+        refuse_differences(path, {name: stored}, {name: current.fingerprint()}, remedy)
 
 
 def parts_of(task: str) -> list[str]:

@@ -286,8 +286,10 @@ class TestEvidence:
         assert environment["DIFFUSERS_ATTN_BACKEND"] == "_native_math"
         assert len(begun("text_to_image")) == 2  # it was stopped: the script goes on
         (tmp_path / "seed-1").rename(tmp_path / "moved")
-        (tmp_path / "moved" / "text_to_image" / "model_index.json").touch()
-        assert len(begun("text_to_image", tmp_path / "moved")) == 2
+        assert len(begun("text_to_image", tmp_path / "moved")) == 3  # elsewhere too
+        (tmp_path / "moved" / "inpaint").mkdir()
+        (tmp_path / "moved" / "inpaint" / "model_index.json").touch()
+        assert len(begun("inpaint", tmp_path / "moved")) == 3
         monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "native")
         assert begun("inpaint")[-1][1]["DIFFUSERS_ATTN_BACKEND"] == "native"
 
@@ -304,7 +306,7 @@ class TestEvidence:
         # An option that is at its default again.
         less = {name: value for name, value in options.items() if name != "unconditional"}
         monkeypatch.setitem(evidence.TRAINED, "upscale", less)
-        with pytest.raises(ValueError, match="`unconditional` is True in .*, but False in this script"):
+        with pytest.raises(ValueError, match="`unconditional` is True in .*, but False now"):
             begun("upscale")
         # An option that the training script has got since then.
         monkeypatch.setitem(evidence.TRAINED, "upscale", options)
@@ -312,6 +314,25 @@ class TestEvidence:
         del stored["qk_norm"]
         path.write_text(json.dumps(stored))
         assert len(begun("upscale")) == 1
+
+    def test_other_pictures_of_training_are_refused(self, begun, tmp_path):
+        pictures, folder = tmp_path / "openmoji" / "train", tmp_path / "seed-1" / "text_to_image"
+        pictures.mkdir(parents=True)
+        for name in ("a", "b"):
+            PIL.Image.new("RGB", (4, 4)).save(pictures / f"{name}.png")
+        rows = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in ("a", "b")]
+        (pictures / "metadata.jsonl").write_text("\n".join(rows))
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").touch()
+        summary = {"args": {"data_fingerprint": hashlib.sha256(b"a.png\nb.png").hexdigest()[:16]}}
+        (folder / "training_summary.json").write_text(json.dumps(summary))
+        assert begun("text_to_image") == []
+        (pictures / "b.png").unlink()
+        (pictures / "metadata.jsonl").write_text(rows[0])
+        with pytest.raises(
+            ValueError, match=r"`data_fingerprint` is .*training_summary.json, but .* Delete .*text_to_image "
+        ):
+            begun("text_to_image")
 
     def test_the_row_of_training_is_of_all_parts(self, evidence, tmp_path):
         for part, hours, images, commit in (
@@ -367,9 +388,7 @@ class TestEvidence:
         evidence.write_results(results)
         monkeypatch.setitem(evidence.TRAINED, "upscale", {**evidence.TRAINED["upscale"], "max_train_steps": 7})
         (results / "seed-1" / "upscale-speed.json").unlink()
-        with pytest.raises(
-            ValueError, match=r"`upscale.max_train_steps` is 3000 in .*seed-0.upscale.json, but 7 in this"
-        ):
+        with pytest.raises(ValueError, match=r"`upscale.max_train_steps` is 3000 in .*seed-0.upscale.json, but 7 now"):
             evidence.write_results(results)
         (results / "seed-0" / "upscale.json").unlink()
         evidence.write_results(results)  # baselines do not depend on training
