@@ -527,36 +527,36 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
+        device: torch.device | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
-        device: torch.device | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Encodes texts: the last hidden states of the text encoder, padded to the longest text of a batch.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): texts to draw.
+            do_classifier_free_guidance (`bool`, defaults to `True`): without it, nothing negative is encoded.
             negative_prompt (`str` or `list[str]`, *optional*): texts to guide away from, one or as many as prompts.
             num_images_per_prompt (`int`, defaults to `1`): copies of each row.
-            do_classifier_free_guidance (`bool`, defaults to `True`): without it, nothing negative is encoded.
+            device (`torch.device`, *optional*): where the transformer runs.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
                 Text states in the place of `prompt`.
-            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
-                True, or 1, where to attend; `None` attends to all.
             negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
                 Text states in the place of `negative_prompt`.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
+                True, or 1, where to attend; `None` attends to all.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 As `prompt_attention_mask`.
             max_sequence_length (`int`, *optional*):
                 Most tokens of a text; what is longer is cut, with a warning. `None` is what the tokenizer and the text
                 encoder take, 128 where they tell no number.
-            device (`torch.device`, *optional*): where the transformer runs.
 
         Returns:
             `tuple`: `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
@@ -670,15 +670,15 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if prompt is not None or prompt_embeds is not None:
             embeds, mask, negative_embeds, negative_mask = self.encode_prompt(
                 prompt,
+                guided,
                 negative_prompt,
                 num_images_per_prompt,
-                guided,
+                device,
                 prompt_embeds,
-                prompt_attention_mask,
                 negative_prompt_embeds,
+                prompt_attention_mask,
                 negative_prompt_attention_mask,
                 max_sequence_length,
-                device,
             )
             states = [(embeds, mask)]
             if guided:

@@ -94,6 +94,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
 
     def check_inputs(
         self,
+        *,
         prompt: str | list[str] | None,
         image,
         mask_image,
@@ -296,8 +297,6 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
-        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
-        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
@@ -306,29 +305,31 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_channels: int | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
-        jump_length: int = 1,
-        jump_n_sample: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
+        jump_length: int = 1,
+        jump_n_sample: int = 1,
+        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
         max_plan_bytes: int = 2**30,
-        attention_kwargs: dict | None = None,
-        output_type: str = "pil",
         output_compute_ratio: bool = False,
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DynaDiTPipelineOutput | tuple:
         r"""
         Paints the masked part of images.
@@ -344,12 +345,6 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 White, 1, where to paint; black, 0, where to keep the image; cut at 0.5. Of the size of `image`, with one
                 channel, which may be left out; of an image of Pillow the luminance is taken. One for all images or one
                 for each.
-            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
-                What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
-                the null class.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from, one text or as many as prompts. `None` guides away from the learned null
-                caption. Only with guidance.
             height (`int`, *optional*):
                 In pixels, to resize image and mask to. `None` is that of the image; with `padding_mask_crop`, that of the
                 transformer's `sample_size`.
@@ -367,6 +362,31 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             guidance_scale (`float`, defaults to `1.0`):
                 Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
                 null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from, one text or as many as prompts. `None` guides away from the learned null
+                caption. Only with guidance.
+            num_images_per_prompt (`int`, defaults to `1`): results for each image.
+            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the images reproducible. A list has one for each image.
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
+                Standard normal noise to start from, instead of drawing it.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `prompt`, see [`encode_prompt`].
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `negative_prompt`.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
+                `"latent"` (the transformer's own range, neither decoded nor clipped).
+            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
+                What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
+                the null class.
             guidance_rescale (`float`, defaults to `0.0`):
                 How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
                 ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
@@ -376,23 +396,13 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
                 Number of leading channels to guide; the others are those of the text. `None` guides all.
-            num_images_per_prompt (`int`, defaults to `1`): results for each image.
-            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
             jump_length (`int`, defaults to `1`): steps to go back by in resampling.
             jump_n_sample (`int`, defaults to `1`):
                 How many times to take each run of `jump_length` steps (resampling), so that what is painted comes to fit
                 what is known, at as many times the cost: after each but the last, noise is added back. 1 is off. For
                 flow-matching schedulers with solvers of one step.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the images reproducible. A list has one for each image.
-            latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
-                Standard normal noise to start from, instead of drawing it.
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `prompt`, see [`encode_prompt`].
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `prompt_embeds` that count; `None` is all.
-            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `negative_prompt_embeds` that count; `None` is all.
             max_sequence_length (`int`, *optional*):
@@ -404,17 +414,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 Width of the transformer in (0, 1] for this call. `None` leaves the width that it has.
             max_plan_bytes (`int`, defaults to `2**30`):
                 Memory for what the transformer prepares for the call, see its `prepare_timesteps`.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
-                `"latent"` (the transformer's own range, neither decoded nor clipped).
             output_compute_ratio (`bool`, defaults to `False`):
                 Also return which share of the complete model's compute the run took.
-            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
 
         Examples:
 
@@ -440,33 +441,33 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             height = default_height if height is None else height
             width = default_width if width is None else width
         self.check_inputs(
-            prompt,
-            image,
-            mask_image,
-            class_labels,
-            negative_prompt,
-            height,
-            width,
-            padding_mask_crop,
-            strength,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            guidance_channels,
-            num_images_per_prompt,
-            eta,
-            jump_length,
-            jump_n_sample,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            prompt=prompt,
+            image=image,
+            mask_image=mask_image,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            padding_mask_crop=padding_mask_crop,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            guidance_channels=guidance_channels,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            jump_length=jump_length,
+            jump_n_sample=jump_n_sample,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         if padding_mask_crop is not None:
             # Cut at 0.5 before the crop, so that what is pasted and what is kept fit.

@@ -4,9 +4,12 @@ The loop that the pipelines of the dynamic transformer share, in the ways that t
 it: from the middle of a grid, with steps taken again, with conditions in further channels, with added rows, in reverse.
 """
 
+import inspect
+
 import pytest
 import torch
 
+import diffusers
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,6 +18,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
+import diffusers_dyna
 from diffusers_dyna import FlowMatchODEScheduler, FlowMatchSDEScheduler
 from diffusers_dyna.pipelines.pipeline_dyna_dit_base import DynaDiTConditions, DynaDiTPipelineBase
 
@@ -365,3 +369,33 @@ def test_sizes_that_do_not_divide_name_the_nearest():
         pipe.check_size(17, 1)
     pipe.check_size(20, 12)
     assert pipe.default_size() == (16, 16)
+
+
+# Arguments
+
+
+def names_of(function) -> list[str]:
+    """Names in order, where what is passed on to the model has the same name in all pipelines."""
+    return [
+        name.replace("cross_attention_kwargs", "attention_kwargs") for name in inspect.signature(function).parameters
+    ]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ("DynaDiTTextToImagePipeline", "SanaPipeline"),
+        ("DynaDiTImg2ImgPipeline", "StableDiffusionImg2ImgPipeline"),
+        ("DynaDiTInpaintPipeline", "StableDiffusionInpaintPipeline"),
+        ("DynaDiTUpscalePipeline", "StableDiffusionUpscalePipeline"),
+    ],
+)
+def test_arguments_come_in_the_order_of_diffusers(ours, theirs):
+    """Those of diffusers' pipeline of the same task first, in its order; all of them that come by position at the start."""
+    ours, theirs = (names_of(getattr(*pair).__call__) for pair in ((diffusers_dyna, ours), (diffusers, theirs)))
+    shared = [name for name in theirs if name in ours]
+    assert ours[: len(shared)] == shared
+    lacking = [name for name in theirs if name not in ours][:1] or [None]
+    assert lacking[0] in ("clean_caption", "ip_adapter_image", "callback")  # and nothing before it
+    encode_prompt = names_of(DynaDiTPipelineBase.encode_prompt)
+    assert encode_prompt == [name for name in names_of(diffusers.SanaPipeline.encode_prompt) if name in encode_prompt]
