@@ -184,11 +184,7 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        default_height, default_width = self.default_size()
-        height = default_height if height is None else height
-        width = default_width if width is None else width
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
+        height, width = self.default_size(height, width)
         self.check_inputs(
             class_labels,
             height,
@@ -210,7 +206,7 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
         device = self._execution_device
 
         # 2. Labels, time grid, noise
-        batch_size = self.get_batch_size(class_labels)
+        batch_size = self.get_batch_size(class_labels=class_labels)
         conditions = self.prepare_conditions(batch_size, num_images_per_prompt, device, class_labels)
         timesteps = self.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, generator, latents, device)

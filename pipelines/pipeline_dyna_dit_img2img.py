@@ -253,8 +253,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             `ValueError`, `TypeError`: on an argument that does not fit the model, and with a scheduler that does not go
                 from data to noise.
         """
-        height, width = self._size(height, width)
-        class_labels = _as_list(class_labels)
+        height, width = self.default_size(height, width)
         self.check_common_inputs(
             height=height,
             width=width,
@@ -280,11 +279,9 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             raise ValueError(f"`strength`={strength} must be in [0, 1].")
         self._check_inversion("`invert`")
         image = self.preprocess_image(image, height, width)
-        numbers = {
-            "image": len(image),
-            "class_labels, prompt": self.get_batch_size(class_labels, prompt, prompt_embeds),
-        }
-        batch_size = _common_number(numbers)
+        batch_size = self.get_batch_size(
+            image=image, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         self._begin_run(1.0, attention_kwargs=attention_kwargs)
         conditions = self.prepare_conditions(
             batch_size,
@@ -337,15 +334,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                         f"`width`={width} they must have {size}."
                     )
                 return image.float()
-        images = image if isinstance(image, (list, tuple)) and len(image) > 0 else [image]
-        batches = [self.read_image(one, name) for one in images]
-        resized = [
-            batch
-            if batch.shape[2:] == (height, width)
-            else F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
-            for batch in batches
-        ]
-        return self.image_processor.normalize(torch.cat(resized))
+        return self.image_processor.normalize(self.read_image(image, name, size=(height, width)))
 
     def _encode(self, image: torch.Tensor) -> torch.Tensor:
         """What [`preprocess_image`] returned as latents, the mode of the VAE's posterior."""
@@ -581,10 +570,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        height, width = self._size(height, width)
-        class_labels, source_class_labels, style_class_labels = map(
-            _as_list, (class_labels, source_class_labels, style_class_labels)
-        )
+        height, width = self.default_size(height, width)
         self.check_inputs(
             prompt=prompt,
             image=image,
@@ -617,16 +603,15 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        numbers = {"class_labels, prompt": self.get_batch_size(class_labels, prompt, prompt_embeds)}
         if image is not None:
             image = self.preprocess_image(image, height, width)
-            numbers["image"] = len(image)
-            numbers["source_class_labels, source_prompt"] = self.get_batch_size(source_class_labels, source_prompt)
         if style_image is not None:
             style_image = self.preprocess_image(style_image, height, width, "style_image")
-            numbers["style_image"] = len(style_image)
-            numbers["style_class_labels, style_prompt"] = self.get_batch_size(style_class_labels, style_prompt)
-        batch_size = _common_number(numbers)
+        source = {"image": image, "source_class_labels": source_class_labels, "source_prompt": source_prompt}
+        style = {"style_image": style_image, "style_class_labels": style_class_labels, "style_prompt": style_prompt}
+        batch_size = self.get_batch_size(
+            **source, **style, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         num_rows = batch_size * num_images_per_prompt
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generators(generator, num_rows)  # also where an inversion leaves nothing to draw
@@ -638,12 +623,12 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         is_styled = strength > 0 and style_image is not None and style_strength > 0
         self._begin_run(1.0, guidance_rescale, attention_kwargs)
         if is_inverted:
-            num_sources = max(numbers["image"], numbers["source_class_labels, source_prompt"])
+            num_sources = self.get_batch_size(**source)
             source_conditions = self.prepare_conditions(
                 num_sources, 1, device, source_class_labels, source_prompt, max_sequence_length=max_sequence_length
             )
         if is_styled:
-            num_references = max(numbers["style_image"], numbers["style_class_labels, style_prompt"])
+            num_references = self.get_batch_size(**style)
             style_conditions = self.prepare_conditions(
                 num_references, 1, device, style_class_labels, style_prompt, max_sequence_length=max_sequence_length
             )
@@ -747,24 +732,6 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         if not return_dict:
             return (images, compute_ratio) if output_compute_ratio else (images,)
         return DynaDiTPipelineOutput(images=images, compute_ratio=compute_ratio)
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        default_height, default_width = self.default_size()
-        return default_height if height is None else height, default_width if width is None else width
-
-
-def _as_list(labels):
-    return labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else labels
-
-
-def _common_number(numbers: dict[str, int]) -> int:
-    """The number of results of images, labels and prompts, each of which is there once or as many times."""
-    if len(set(numbers.values()) - {1}) > 1:
-        listed = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        raise ValueError(
-            f"Images, labels and prompts must be single or as many as the others, but there are: {listed}."
-        )
-    return max(numbers.values())
 
 
 def _repeat(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -217,7 +217,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         size = (height or pixels.shape[2], width or pixels.shape[3])
         self.check_size(*size)
         if size != tuple(pixels.shape[2:]):
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = self.read_image(pixels, size=size)
             mask = F.interpolate(mask, size=size, mode="bilinear", antialias=True)
         num_rows = max(len(pixels), len(mask))
         mask = (mask >= 0.5).float()
@@ -431,15 +431,11 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
         if padding_mask_crop is None:
             pixels, mask = self.prepare_image_and_mask(image, mask_image, height, width)
             height, width = pixels.shape[2:]
         else:
-            default_height, default_width = self.default_size()
-            height = default_height if height is None else height
-            width = default_width if width is None else width
+            height, width = self.default_size(height, width)
         self.check_inputs(
             prompt=prompt,
             image=image,
@@ -487,7 +483,9 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         device = self._execution_device
 
         # 2. Conditions, time grid
-        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds, pixels)
+        batch_size = self.get_batch_size(
+            image=pixels, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,

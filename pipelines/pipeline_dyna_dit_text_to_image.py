@@ -251,11 +251,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        default_height, default_width = self.default_size()
-        height = default_height if height is None else height
-        width = default_width if width is None else width
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
+        height, width = self.default_size(height, width)
         self.check_inputs(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -285,7 +281,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         device = self._execution_device
 
         # 2. Text and labels, time grid, noise
-        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds)
+        batch_size = self.get_batch_size(class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds)
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,

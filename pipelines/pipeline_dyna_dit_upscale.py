@@ -450,8 +450,6 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
         pixels = self.read_image(image)
         height, width = (side * self.config.upscale_factor for side in pixels.shape[2:])
         noise_level = min(20.0, self.config.max_noise_level) if noise_level is None else noise_level
@@ -508,7 +506,9 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         self._tile_batch_size = tile_batch_size
 
         # 3. Conditions, time grid, noise
-        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds, pixels)
+        batch_size = self.get_batch_size(
+            image=pixels, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,

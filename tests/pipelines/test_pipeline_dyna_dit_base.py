@@ -314,7 +314,7 @@ def test_conditions_of_classes_and_text():
     pipe = make_pipeline(**{**TEXT, "num_classes": 3, "class_dropout_prob": 0.1}, scale=2.0)
     texts = {"prompt_embeds": randn(2, 4, 16), "negative_prompt_embeds": randn(1, 6, 16, seed=1)}
     pipe.check_conditions(2.0, 1, **texts)
-    assert pipe.get_batch_size(1, prompt_embeds=texts["prompt_embeds"]) == 2
+    assert pipe.get_batch_size(class_labels=1, prompt_embeds=texts["prompt_embeds"]) == 2
     conditions = pipe.prepare_conditions(2, 2, CPU, 1, **texts)
     assert conditions.class_labels.tolist() == [1] * 4 + [3] * 4
     assert conditions.caption_dropout_mask is None
@@ -325,8 +325,8 @@ def test_conditions_of_classes_and_text():
     assert only_class.encoder_hidden_states is None and only_class.class_labels.tolist() == [1, 3]
     only_text = pipe.prepare_conditions(2, 1, CPU, **texts)
     assert only_text.class_labels.tolist() == [3, 3, 3, 3]
-    with pytest.raises(ValueError, match=r"as many labels as prompts, .*: `class_labels` 3, `prompt_embeds` 2"):
-        pipe.get_batch_size([0, 1, 2], prompt_embeds=texts["prompt_embeds"])
+    with pytest.raises(ValueError, match=r"as many of each, .*: `class_labels` 3, `prompt_embeds` 2"):
+        pipe.get_batch_size(class_labels=[0, 1, 2], prompt_embeds=texts["prompt_embeds"])
     with pytest.raises(ValueError, match="`prompt` or one of its kind was given, but the transformer has no text"):
         make_pipeline().check_conditions(1.0, 0, prompt="red")
 
@@ -368,7 +368,7 @@ def test_sizes_that_do_not_divide_name_the_nearest():
     with pytest.raises(ValueError, match=r"divisible by 4 \(`patch_size` 2 x .* 2 .*are 17 and 1. .* is 16 and 4\."):
         pipe.check_size(17, 1)
     pipe.check_size(20, 12)
-    assert pipe.default_size() == (16, 16)
+    assert pipe.default_size() == (16, 16) and pipe.default_size(width=20) == (16, 20)
 
 
 # Arguments

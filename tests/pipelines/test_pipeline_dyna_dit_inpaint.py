@@ -641,7 +641,7 @@ PIL_SQUARE.paste(255, (2, 2, 5, 5))
         ),
         (
             {"image": pictures(0, 1), "class_labels": [0, 1, 2]},
-            "as many labels and prompts as images, or one of either, but",
+            "as many of each, or one for all, but there are: `image` 2, `class_labels` 3",
         ),
         (
             {"image": pictures(0, size=9), "mask_image": square(size=9)},
