@@ -166,7 +166,8 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
                 Also return which share of the complete model's compute the run took.
             return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 The tensors that the callback gets.
 

@@ -986,6 +986,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         steps: list[int] | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        callback_tensors: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, float | None]:
         r"""
         The denoising loop, on the grid and from the place that [`set_timesteps`] and [`get_timesteps`] told the
@@ -1027,17 +1028,22 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 entry is not the one after the last, the scheduler starts afresh there (without what a multistep solver
                 remembers): it has to be the first call of a step.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, i, timestep, tensors)`, may return changed tensors. It comes
-                after `after_step`.
+                Called after each call of the scheduler, so several times in a step of order 2 and more, as
+                `callback(pipe, i, timestep, tensors)` with the number `i` of the entry of `timesteps`; may return
+                changed tensors. It comes after `after_step`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `("latents",)`):
                 The tensors that the callback gets: `"latents"`, and of a model with text `"prompt_embeds"` and
                 `"negative_prompt_embeds"`, the two halves of its text states; `None` where the null caption stands.
+            callback_tensors (`dict[str, torch.Tensor]`, *optional*):
+                Further tensors that the callback may get and change; what it returns is put here, for
+                `condition_channels` and `after_step` to look at.
 
         Returns:
             `tuple`: the final latents, and the compute ratio, the mean of all images and calls since `_begin_run`, or
             `None`.
         """
         steps = list(range(len(timesteps))) if steps is None else steps
+        callback_tensors = {} if callback_tensors is None else callback_tensors
         self._num_timesteps = len(steps)
         num_steps = -(-len(steps) // self.scheduler.order)  # with a grid of the user's, its own number
         num_warmup_steps = len(steps) - num_steps * self.scheduler.order
@@ -1113,11 +1119,14 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                     if callback_on_step_end is not None:
                         texts = _halves_of_text(conditions, len(latents))
                         tensors = {"latents": latents, "prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+                        tensors |= callback_tensors
                         given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = {**tensors, **(callback_on_step_end(self, i, t, given) or {})}
-                        latents = changed["latents"]
-                        new_texts = (changed["prompt_embeds"], changed["negative_prompt_embeds"])
-                        if any(new is not old for new, old in zip(new_texts, texts, strict=True)):
+                        changed = self._changed(callback_on_step_end(self, i, t, given), tensors)
+                        tensors |= changed
+                        latents = tensors["latents"]
+                        callback_tensors.update({name: tensors[name].to(latents) for name in callback_tensors})
+                        if changed.keys() & {"prompt_embeds", "negative_prompt_embeds"}:
+                            new_texts = (tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
                             conditions = _with_texts(conditions, len(latents), *new_texts)
                             conditions_of = {True: conditions, False: conditions.rows(len(latents))}
 
@@ -1162,6 +1171,25 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             output = self.transformer(hidden_states, timestep, **conditions.model_kwargs(), **kwargs)
         return output.sample, output.compute_ratio
 
+    @staticmethod
+    def _changed(returned: dict | None, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """What a callback returned in the place of the tensors that there are, checked to fit."""
+        changed = {name: new for name, new in (returned or {}).items() if new is not tensors.get(name)}
+        for name, new in changed.items():
+            if name not in tensors:
+                raise ValueError(
+                    f"`callback_on_step_end` returned {name!r}, but only {list(tensors)} can be changed here."
+                )
+            expected = tensors["prompt_embeds" if name == "negative_prompt_embeds" else name]
+            if expected is None:
+                raise ValueError(f"`callback_on_step_end` returned `{name}`, but the run has no text to replace.")
+            if new.shape != expected.shape:
+                raise ValueError(
+                    f"`{name}` from `callback_on_step_end` must have shape {tuple(expected.shape)}, as given, but has "
+                    f"shape {tuple(new.shape)}."
+                )
+        return changed
+
     def _guide(self, model_output: torch.Tensor, null_output: torch.Tensor, num_channels: int) -> torch.Tensor:
         """Classifier-free guidance of the leading channels, the others are those of the conditional half."""
         conditional, null = model_output[:, :num_channels], null_output[:, :num_channels]
@@ -1203,15 +1231,6 @@ def _with_texts(
 ) -> DynaDiTConditions:
     """Other text states of the same shape, in new memory; without a negative text the null half stays."""
     text = conditions.encoder_hidden_states
-    if text is None:
-        raise ValueError("`callback_on_step_end` returned `prompt_embeds`, but the run has no text to replace.")
-    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-        expected = (num_rows, *text.shape[1:])
-        if embeds is not None and embeds.shape != expected:
-            raise ValueError(
-                f"`{name}` from `callback_on_step_end` must have shape {expected}, as given, but has shape "
-                f"{tuple(embeds.shape)}."
-            )
     if negative_prompt_embeds is None:
         return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
     is_dropped = conditions.caption_dropout_mask

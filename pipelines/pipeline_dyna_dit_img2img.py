@@ -504,7 +504,8 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
             attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors. It sees
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors. It sees
                 the images, not the references, and no inversion.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
@@ -746,15 +747,8 @@ def _without_references(callback: Callable, names: list[str], num_rows: int, num
 
     def wrapped(pipe, i: int, t: torch.Tensor, tensors: dict) -> dict:
         own = {name: None if tensor is None else tensor[:num_rows] for name, tensor in tensors.items()}
-        returned = callback(pipe, i, t, {name: own[name] for name in names}) or {}
-        changed = {name: new for name, new in returned.items() if name in own and new is not own[name]}
+        changed = pipe._changed(callback(pipe, i, t, {name: own[name] for name in names}), own)
         for name, new in changed.items():
-            expected = own["latents" if name == "latents" else "prompt_embeds"].shape
-            if new.shape != expected:
-                raise ValueError(
-                    f"`{name}` from `callback_on_step_end` must have shape {tuple(expected)}, as given, but has shape "
-                    f"{tuple(new.shape)}."
-                )
             is_negative = name == "negative_prompt_embeds"
             references = new[:: num_rows // num_references] if is_negative else tensors[name][num_rows:]
             changed[name] = torch.cat([new, references])

@@ -70,7 +70,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         prompt: str | list[str] | None,
         image,
         mask_image,
+        masked_image_latents: torch.Tensor | None,
         class_labels,
         negative_prompt: str | list[str] | None,
         height: int,
@@ -169,6 +170,18 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                     )
             if image.size != mask_image.size:
                 self._raise_sizes(image.size[::-1], mask_image.size[::-1])
+        is_asked_for = "masked_image_latents" in (callback_on_step_end_tensor_inputs or [])
+        if (masked_image_latents is not None or is_asked_for) and self.transformer.config.condition_channels == 0:
+            raise ValueError(
+                "`masked_image_latents` is what a transformer trained for inpainting is given, but this one is not "
+                "(`condition_channels` is 0). Leave it out, also of `callback_on_step_end_tensor_inputs`."
+            )
+        shape = (self.transformer.config.in_channels, *(side // self.vae_scale_factor for side in (height, width)))
+        if masked_image_latents is not None and masked_image_latents.shape[1:] != shape:
+            raise ValueError(
+                f"`masked_image_latents` must have shape (batch_size, {', '.join(map(str, shape))}), but has shape "
+                f"{tuple(masked_image_latents.shape)}."
+            )
         for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
             if int(value) != value or value < 1:
                 raise ValueError(f"`{name}`={value} must be a whole number, at least 1.")
@@ -297,6 +310,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
+        masked_image_latents: torch.Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
@@ -345,6 +359,9 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 White, 1, where to paint; black, 0, where to keep the image; cut at 0.5. Of the size of `image`, with one
                 channel, which may be left out; of an image of Pillow the luminance is taken. One for all images or one
                 for each.
+            masked_image_latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
+                What a transformer trained for inpainting is given of the image, one for all or one for each, in the place
+                of the image that is grey where to paint, encoded as [`encode_image`] does.
             height (`int`, *optional*):
                 In pixels, to resize image and mask to. `None` is that of the image; with `padding_mask_crop`, that of the
                 transformer's `sample_size`.
@@ -381,9 +398,12 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
             attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
+                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"`, `"negative_prompt_embeds"` and
+                `"mask"`, that of the latents, which decides what is kept, and, of a transformer trained for inpainting,
+                `"masked_image_latents"`; both have one row for each result. With `padding_mask_crop` the mask stays.
             class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
                 What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
                 the null class.
@@ -440,6 +460,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             prompt=prompt,
             image=image,
             mask_image=mask_image,
+            masked_image_latents=masked_image_latents,
             class_labels=class_labels,
             negative_prompt=negative_prompt,
             height=height,
@@ -476,7 +497,6 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             ]
             pixels, mask = self.prepare_image_and_mask(*cropped, height, width)
         self.check_mask(mask)
-        latent_mask = F.max_pool2d(mask, self.vae_scale_factor)  # all that is to be painted, and what it touches
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)
@@ -484,7 +504,11 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
 
         # 2. Conditions, time grid
         batch_size = self.get_batch_size(
-            image=pixels, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+            image=pixels,
+            masked_image_latents=masked_image_latents,
+            class_labels=class_labels,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
         )
         conditions = self.prepare_conditions(
             batch_size,
@@ -504,17 +528,19 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             timesteps = self.get_timesteps(strength)
 
         # 3. Image and mask, one row for each image to paint, and the noise of the trajectory
-        copies = batch_size // len(pixels) * num_images_per_prompt
-        pixels = pixels.to(device).repeat_interleave(copies, dim=0)
-        mask = mask.to(device).repeat_interleave(copies, dim=0)
-        latent_mask = latent_mask.to(device).repeat_interleave(copies, dim=0)
+        num_rows = batch_size * num_images_per_prompt
+
+        def repeat(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, dtype=torch.float32).repeat_interleave(num_rows // len(tensor), dim=0)
+
+        pixels, mask = repeat(pixels), repeat(mask)
         normalized = self.image_processor.normalize(pixels)
         image_latents = self.encode_image(normalized, sample_mode="argmax")
-        condition = None
+        tensors = {"mask": F.max_pool2d(mask, self.vae_scale_factor)}  # all to be painted, and what it touches
         if self.transformer.config.condition_channels:
-            masked_latents = self.encode_image(normalized * (1 - mask), sample_mode="argmax")
-            condition = torch.cat([latent_mask, masked_latents], dim=1)
-        num_rows = len(pixels)
+            if masked_image_latents is None:
+                masked_image_latents = self.encode_image(normalized * (1 - mask), sample_mode="argmax")
+            tensors["masked_image_latents"] = repeat(masked_image_latents)
         noise = self.prepare_latents(num_rows, height, width, generator, latents, device)
         noise = noise / getattr(self.scheduler, "init_noise_sigma", 1.0)
         start = {"image_latents": image_latents, "timestep": timesteps[0]} if strength < 1 else {}
@@ -530,7 +556,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             known = image_latents
             if next_i < len(timesteps):
                 known = self.add_noise(image_latents, noise, timesteps[next_i])
-            return torch.where(latent_mask > 0, latents, known)
+            return torch.where(tensors["mask"] > 0, latents, known)
 
         latents, compute_ratio = self.denoise(
             timesteps,
@@ -544,14 +570,22 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             width_mult=width_mult,
             max_plan_bytes=max_plan_bytes,
             output_compute_ratio=output_compute_ratio,
-            condition_channels=(lambda i: condition) if condition is not None else None,
+            condition_channels=(lambda i: torch.cat(list(tensors.values()), dim=1)) if len(tensors) == 2 else None,
             after_step=set_known_part,
             steps=self.get_steps(len(timesteps), jump_length, jump_n_sample),
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_tensors=tensors,
         )
 
         # 5. Images
+        if not torch.equal(tensors["mask"], F.max_pool2d(mask, self.vae_scale_factor)):  # changed by the callback
+            if padding_mask_crop is not None:
+                raise ValueError(
+                    "`callback_on_step_end` changed `mask`, but with `padding_mask_crop` the result is pasted by "
+                    "`mask_image`. Leave one of them out."
+                )
+            mask = F.interpolate(tensors["mask"], scale_factor=self.vae_scale_factor)
         if output_type == "latent":
             images = latents
         else:

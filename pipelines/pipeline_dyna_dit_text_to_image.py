@@ -210,7 +210,8 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
             attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
             max_sequence_length (`int`, *optional*):
