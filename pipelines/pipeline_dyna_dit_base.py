@@ -843,9 +843,9 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                Images, of one size unless `size` is given. Images of Pillow are converted to the number of channels; arrays have shape
-                `(batch_size, height, width, channels)`, tensors `(batch_size, channels, height, width)`, both in
-                [0, 1], and may go without the batch, and without the channels where there is one.
+                Images, of one size unless `size` is given. Images of Pillow are converted to the number of channels;
+                arrays have shape `(batch_size, height, width, channels)`, tensors `(batch_size, channels, height,
+                width)`, both in [0, 1], and may go without the batch, and without the channels where there is one.
             name (`str`, defaults to `"image"`): the argument, for messages.
             channels (`int`, *optional*): `None` is that of what the pipeline draws.
             size (`tuple[int, int]`, *optional*):
@@ -1121,7 +1121,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                         tensors = {"latents": latents, "prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
                         tensors |= callback_tensors
                         given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = self._changed(callback_on_step_end(self, i, t, given), tensors)
+                        changed = self._changed_tensors(callback_on_step_end(self, i, t, given), tensors)
                         tensors |= changed
                         latents = tensors["latents"]
                         callback_tensors.update({name: tensors[name].to(latents) for name in callback_tensors})
@@ -1172,9 +1172,10 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         return output.sample, output.compute_ratio
 
     @staticmethod
-    def _changed(returned: dict | None, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        """What a callback returned in the place of the tensors that there are, checked to fit."""
-        changed = {name: new for name, new in (returned or {}).items() if new is not tensors.get(name)}
+    def _changed_tensors(returned: dict | None, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """What a callback returned in the place of `tensors`, checked to fit; `None` leaves them."""
+        returned = returned or {}
+        changed = {name: new for name, new in returned.items() if new is not None and new is not tensors.get(name)}
         for name, new in changed.items():
             if name not in tensors:
                 raise ValueError(

@@ -747,7 +747,7 @@ def _without_references(callback: Callable, names: list[str], num_rows: int, num
 
     def wrapped(pipe, i: int, t: torch.Tensor, tensors: dict) -> dict:
         own = {name: None if tensor is None else tensor[:num_rows] for name, tensor in tensors.items()}
-        changed = pipe._changed(callback(pipe, i, t, {name: own[name] for name in names}), own)
+        changed = pipe._changed_tensors(callback(pipe, i, t, {name: own[name] for name in names}), own)
         for name, new in changed.items():
             is_negative = name == "negative_prompt_embeds"
             references = new[:: num_rows // num_references] if is_negative else tensors[name][num_rows:]

@@ -6,6 +6,7 @@ it: from the middle of a grid, with steps taken again, with conditions in furthe
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -374,28 +375,59 @@ def test_sizes_that_do_not_divide_name_the_nearest():
 # Arguments
 
 
-def names_of(function) -> list[str]:
-    """Names in order, where what is passed on to the model has the same name in all pipelines."""
-    return [
-        name.replace("cross_attention_kwargs", "attention_kwargs") for name in inspect.signature(function).parameters
+@pytest.mark.parametrize(
+    "name, relative, first_left_out",
+    [
+        ("DynaDiTTextToImagePipeline", "SanaPipeline", "clean_caption"),
+        ("DynaDiTImg2ImgPipeline", "StableDiffusionImg2ImgPipeline", "ip_adapter_image"),
+        ("DynaDiTInpaintPipeline", "StableDiffusionInpaintPipeline", "ip_adapter_image"),
+        ("DynaDiTUpscalePipeline", "StableDiffusionUpscalePipeline", "callback"),
+    ],
+)
+def test_arguments_come_in_the_order_of_diffusers(name, relative, first_left_out):
+    """Those of diffusers' pipeline of the same task, which by position go as far as ours has all; then our own."""
+    ours = list(inspect.signature(getattr(diffusers_dyna, name).__call__).parameters)
+    theirs = list(inspect.signature(getattr(diffusers, relative).__call__).parameters)
+    theirs = [name.replace("cross_attention_kwargs", "attention_kwargs") for name in theirs]
+    shared = [name for name in theirs if name in ours]
+    assert ours[: len(shared)] == shared
+    assert theirs[: theirs.index(first_left_out)] == shared[: theirs.index(first_left_out)]
+
+
+def test_arguments_of_encode_prompt_come_in_the_order_of_diffusers():
+    ours = list(inspect.signature(DynaDiTPipelineBase.encode_prompt).parameters)
+    assert ours == [
+        name for name in inspect.signature(diffusers.SanaPipeline.encode_prompt).parameters if name in ours
     ]
 
 
-@pytest.mark.parametrize(
-    "ours, theirs",
-    [
-        ("DynaDiTTextToImagePipeline", "SanaPipeline"),
-        ("DynaDiTImg2ImgPipeline", "StableDiffusionImg2ImgPipeline"),
-        ("DynaDiTInpaintPipeline", "StableDiffusionInpaintPipeline"),
-        ("DynaDiTUpscalePipeline", "StableDiffusionUpscalePipeline"),
-    ],
-)
-def test_arguments_come_in_the_order_of_diffusers(ours, theirs):
-    """Those of diffusers' pipeline of the same task first, in its order; all of them that come by position at the start."""
-    ours, theirs = (names_of(getattr(*pair).__call__) for pair in ((diffusers_dyna, ours), (diffusers, theirs)))
-    shared = [name for name in theirs if name in ours]
-    assert ours[: len(shared)] == shared
-    lacking = [name for name in theirs if name not in ours][:1] or [None]
-    assert lacking[0] in ("clean_caption", "ip_adapter_image", "callback")  # and nothing before it
-    encode_prompt = names_of(DynaDiTPipelineBase.encode_prompt)
-    assert encode_prompt == [name for name in names_of(diffusers.SanaPipeline.encode_prompt) if name in encode_prompt]
+@pytest.mark.parametrize("task", ["TextToImage", "Img2Img", "Inpaint", "Upscale"])
+def test_checks_take_their_many_arguments_by_name(task):
+    _, *parameters = inspect.signature(
+        getattr(diffusers_dyna, f"DynaDiT{task}Pipeline").check_inputs
+    ).parameters.values()
+    assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_labels_of_all_kinds():
+    pipe = make_pipeline()
+    for labels in ([0, 2], torch.tensor([0, 2]), np.array([0, 2])):
+        assert pipe.get_label_ids(labels) == [0, 2]
+        assert pipe.get_batch_size(class_labels=labels, image=torch.zeros(1, 3, 8, 8), prompt=None) == 2
+    for label in (2, torch.tensor(2)):
+        assert pipe.get_label_ids(label) == [2]
+        assert pipe.get_batch_size(class_labels=label, prompt="red") == 1
+    assert pipe.get_batch_size() == 1
+    with pytest.raises(ValueError, match="`style_prompt` is empty. Give at least one prompt"):
+        pipe.get_batch_size(style_prompt=[])
+
+
+def test_images_of_several_sizes_are_read_at_one():
+    pipe = make_pipeline()
+    images = [torch.rand(3, 8, 8), torch.rand(3, 12, 6)]
+    read = pipe.read_image(images, size=(8, 8))
+    resized = torch.nn.functional.interpolate(images[1][None], size=(8, 8), mode="bicubic", antialias=True)
+    assert torch.equal(read[0], images[0])
+    torch.testing.assert_close(read[1:], resized.clamp(0, 1))
+    with pytest.raises(ValueError, match="`image` has images of several sizes: 8 x 8, 12 x 6"):
+        pipe.read_image(images)
