@@ -537,7 +537,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         normalized = self.image_processor.normalize(pixels)
         image_latents = self.encode_image(normalized, sample_mode="argmax")
         tensors = {"mask": F.max_pool2d(mask, self.vae_scale_factor)}  # all to be painted, and what it touches
-        if self.transformer.config.condition_channels:
+        is_trained = self.transformer.config.condition_channels > 0
+        if is_trained:
             if masked_image_latents is None:
                 masked_image_latents = self.encode_image(normalized * (1 - mask), sample_mode="argmax")
             tensors["masked_image_latents"] = repeat(masked_image_latents)
@@ -570,7 +571,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             width_mult=width_mult,
             max_plan_bytes=max_plan_bytes,
             output_compute_ratio=output_compute_ratio,
-            condition_channels=(lambda i: torch.cat(list(tensors.values()), dim=1)) if len(tensors) == 2 else None,
+            condition_channels=(lambda i: torch.cat(list(tensors.values()), dim=1)) if is_trained else None,
             after_step=set_known_part,
             steps=self.get_steps(len(timesteps), jump_length, jump_n_sample),
             callback_on_step_end=callback_on_step_end,
