@@ -166,7 +166,8 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
                 Also return which share of the complete model's compute the run took.
             return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 The tensors that the callback gets.
 
@@ -184,11 +185,7 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        default_height, default_width = self.default_size()
-        height = default_height if height is None else height
-        width = default_width if width is None else width
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
+        height, width = self.default_size(height, width)
         self.check_inputs(
             class_labels,
             height,
@@ -210,7 +207,7 @@ class DynaDiTPipeline(DynaDiTPipelineBase):
         device = self._execution_device
 
         # 2. Labels, time grid, noise
-        batch_size = self.get_batch_size(class_labels)
+        batch_size = self.get_batch_size(class_labels=class_labels)
         conditions = self.prepare_conditions(batch_size, num_images_per_prompt, device, class_labels)
         timesteps = self.set_timesteps(num_inference_steps, device, timesteps, sigmas)
         latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, generator, latents, device)

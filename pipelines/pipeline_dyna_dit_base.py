@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -223,11 +224,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
 
     # Checks
 
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the transformer was made for."""
+    def default_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width in pixels; where they are `None`, those of the images that the transformer was made for."""
         size = self.transformer.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
+        sides = zip((height, width), (size, size) if isinstance(size, int) else size, strict=True)
+        return tuple(own * self.vae_scale_factor if side is None else side for side, own in sides)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises a `ValueError` that names the nearest valid size, for a size in pixels that does not divide."""
@@ -333,12 +334,13 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
 
     # Conditions
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
+    def get_label_ids(self, label: int | str | list[int | str] | torch.Tensor | np.ndarray) -> list[int]:
         """
         Maps class names to labels; labels are returned as they are.
 
         Args:
-            label (`int`, `str` or a list of them): labels, or names as in `id2label`.
+            label (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`):
+                Labels, or names as in `id2label`.
 
         Returns:
             `list[int]`: one label per entry.
@@ -352,6 +354,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             for name in {names, *(name.strip() for name in names.split(","))}:
                 labels_by_name.setdefault(name, []).append(class_label)
 
+        label = label.tolist() if isinstance(label, (torch.Tensor, np.ndarray)) else label
         label_ids = []
         for entry in label if isinstance(label, (list, tuple)) else [label]:
             if isinstance(entry, str):
@@ -385,40 +388,32 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return "No name in `id2label` is close to it."
         return f"Close names: {', '.join(map(repr, close))}."
 
-    def get_batch_size(
-        self,
-        class_labels=None,
-        prompt=None,
-        prompt_embeds: torch.Tensor | None = None,
-        image: torch.Tensor | None = None,
-    ) -> int:
+    @staticmethod
+    def get_batch_size(**given) -> int:
         """
-        Number of different conditions: entries of `class_labels`, `prompt`, `prompt_embeds` or `image`, 1 without any.
+        Number of different conditions, each of which is there once or as many times as the others; 1 without any.
 
         Args:
-            class_labels (`int`, `str` or a list of them, *optional*): labels or names.
-            prompt (`str` or `list[str]`, *optional*): texts.
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*): text states.
-            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*): images.
+            given (`dict`):
+                Labels, texts and images under the names of the arguments, single or as a list or batch; `None` is left
+                out.
 
         Returns:
             `int`: at least 1.
 
         Raises:
-            `ValueError`: on an empty list, and on different numbers of labels, texts and images other than 1.
+            `ValueError`: on an empty list, and on different numbers other than 1.
         """
         sizes = {}
-        given = {"class_labels": class_labels, "prompt": prompt, "prompt_embeds": prompt_embeds, "image": image}
         for name, value in given.items():
             if value is not None:
-                is_many = torch.is_tensor(value) or isinstance(value, (list, tuple))
+                is_many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
                 sizes[name] = len(value) if is_many else 1
                 if sizes[name] == 0:
                     raise ValueError(f"`{name}` is empty. Give at least one {name.split('_')[-1].rstrip('s')}.")
         if len(set(sizes.values()) - {1}) > 1:
             listed = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
-            what = "labels as prompts" if image is None else "labels and prompts as images"
-            raise ValueError(f"There must be as many {what}, or one of either, but there are: {listed}.")
+            raise ValueError(f"There must be as many of each, or one for all, but there are: {listed}.")
         return max(sizes.values(), default=1)
 
     def check_conditions(
@@ -516,7 +511,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 "`guidance_scale=1`."
             )
         if has_negative:
-            number = len(prompt_embeds) if prompt_embeds is not None else self.get_batch_size(prompt=prompt)
+            number = self.get_batch_size(prompt=prompt, prompt_embeds=prompt_embeds)
             given = negative_prompt_embeds if negative_prompt is None else negative_prompt
             if not isinstance(given, str) and len(given) not in (1, number):
                 name = "negative_prompt" if negative_prompt is not None else "negative_prompt_embeds"
@@ -527,36 +522,36 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
+        device: torch.device | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
-        device: torch.device | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Encodes texts: the last hidden states of the text encoder, padded to the longest text of a batch.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): texts to draw.
+            do_classifier_free_guidance (`bool`, defaults to `True`): without it, nothing negative is encoded.
             negative_prompt (`str` or `list[str]`, *optional*): texts to guide away from, one or as many as prompts.
             num_images_per_prompt (`int`, defaults to `1`): copies of each row.
-            do_classifier_free_guidance (`bool`, defaults to `True`): without it, nothing negative is encoded.
+            device (`torch.device`, *optional*): where the transformer runs.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
                 Text states in the place of `prompt`.
-            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
-                True, or 1, where to attend; `None` attends to all.
             negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
                 Text states in the place of `negative_prompt`.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
+                True, or 1, where to attend; `None` attends to all.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 As `prompt_attention_mask`.
             max_sequence_length (`int`, *optional*):
                 Most tokens of a text; what is longer is cut, with a warning. `None` is what the tokenizer and the text
                 encoder take, 128 where they tell no number.
-            device (`torch.device`, *optional*): where the transformer runs.
 
         Returns:
             `tuple`: `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
@@ -636,7 +631,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 single labels and prompts are repeated.
             num_images_per_prompt (`int`): copies of each row, which stand beside each other.
             device (`torch.device`): where the transformer runs.
-            class_labels (`int`, `str` or a list of them, *optional*): labels or names.
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
+                Labels or names.
             prompt (`str` or `list[str]`, *optional*): see [`encode_prompt`], as for the following ones.
             negative_prompt (`str` or `list[str]`, *optional*): texts in the null half.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*): text states.
@@ -670,15 +666,15 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if prompt is not None or prompt_embeds is not None:
             embeds, mask, negative_embeds, negative_mask = self.encode_prompt(
                 prompt,
+                guided,
                 negative_prompt,
                 num_images_per_prompt,
-                guided,
+                device,
                 prompt_embeds,
-                prompt_attention_mask,
                 negative_prompt_embeds,
+                prompt_attention_mask,
                 negative_prompt_attention_mask,
                 max_sequence_length,
-                device,
             )
             states = [(embeds, mask)]
             if guided:
@@ -839,17 +835,21 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return self.scheduler.scale_noise(sample, timesteps, noise)
         return self.scheduler.add_noise(sample, noise, timesteps)
 
-    def read_image(self, image, name: str = "image", channels: int | None = None) -> torch.Tensor:
+    def read_image(
+        self, image, name: str = "image", channels: int | None = None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """
         Images of any kind as one batch.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                Images of one size. Images of Pillow are converted to the number of channels; arrays have shape
-                `(batch_size, height, width, channels)`, tensors `(batch_size, channels, height, width)`, both in
-                [0, 1], and may go without the batch, and without the channels where there is one.
+                Images, of one size unless `size` is given. Images of Pillow are converted to the number of channels;
+                arrays have shape `(batch_size, height, width, channels)`, tensors `(batch_size, channels, height,
+                width)`, both in [0, 1], and may go without the batch, and without the channels where there is one.
             name (`str`, defaults to `"image"`): the argument, for messages.
             channels (`int`, *optional*): `None` is that of what the pipeline draws.
+            size (`tuple[int, int]`, *optional*):
+                Height and width in pixels to resize to, bicubic with antialiasing. `None` is that of the images.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32 in [0, 1].
@@ -893,19 +893,21 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 raise ValueError(
                     f"`{name}` must have shape {expected} with {channels} channels, or a batch of them, but has shape {shape}."
                 )
-            batches.append(one.float())
+            one = one.float()
+            lowest, highest = one.min().item(), one.max().item()
+            if not 0 <= lowest <= highest <= 1:
+                raise ValueError(
+                    f"`{name}` must have values in [0, 1], but they are in [{lowest:g}, {highest:g}]. Divide bytes by "
+                    "255, and shift what is in [-1, 1] by `image / 2 + 0.5`."
+                )
+            if size is not None and one.shape[2:] != size:
+                one = F.interpolate(one, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+            batches.append(one)
         sizes = sorted({tuple(batch.shape[2:]) for batch in batches})
         if len(sizes) > 1:
             listed = ", ".join(f"{height} x {width}" for height, width in sizes)
             raise ValueError(f"`{name}` has images of several sizes: {listed}. Call the pipeline for each of them.")
-        batch = torch.cat(batches)
-        lowest, highest = batch.min().item(), batch.max().item()
-        if not 0 <= lowest <= highest <= 1:
-            raise ValueError(
-                f"`{name}` must have values in [0, 1], but they are in [{lowest:g}, {highest:g}]. Divide bytes by 255, "
-                "and shift what is in [-1, 1] by `image / 2 + 0.5`."
-            )
-        return batch
+        return torch.cat(batches)
 
     def encode_image(
         self,
@@ -984,6 +986,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         steps: list[int] | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        callback_tensors: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, float | None]:
         r"""
         The denoising loop, on the grid and from the place that [`set_timesteps`] and [`get_timesteps`] told the
@@ -1025,17 +1028,22 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 entry is not the one after the last, the scheduler starts afresh there (without what a multistep solver
                 remembers): it has to be the first call of a step.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, i, timestep, tensors)`, may return changed tensors. It comes
-                after `after_step`.
+                Called after each call of the scheduler, so several times in a step of order 2 and more, as
+                `callback(pipe, i, timestep, tensors)` with the number `i` of the entry of `timesteps`; may return
+                changed tensors. It comes after `after_step`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `("latents",)`):
                 The tensors that the callback gets: `"latents"`, and of a model with text `"prompt_embeds"` and
                 `"negative_prompt_embeds"`, the two halves of its text states; `None` where the null caption stands.
+            callback_tensors (`dict[str, torch.Tensor]`, *optional*):
+                Further tensors that the callback may get and change; what it returns is put here, for
+                `condition_channels` and `after_step` to look at.
 
         Returns:
             `tuple`: the final latents, and the compute ratio, the mean of all images and calls since `_begin_run`, or
             `None`.
         """
         steps = list(range(len(timesteps))) if steps is None else steps
+        callback_tensors = {} if callback_tensors is None else callback_tensors
         self._num_timesteps = len(steps)
         num_steps = -(-len(steps) // self.scheduler.order)  # with a grid of the user's, its own number
         num_warmup_steps = len(steps) - num_steps * self.scheduler.order
@@ -1111,11 +1119,14 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                     if callback_on_step_end is not None:
                         texts = _halves_of_text(conditions, len(latents))
                         tensors = {"latents": latents, "prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+                        tensors |= callback_tensors
                         given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = {**tensors, **(callback_on_step_end(self, i, t, given) or {})}
-                        latents = changed["latents"]
-                        new_texts = (changed["prompt_embeds"], changed["negative_prompt_embeds"])
-                        if any(new is not old for new, old in zip(new_texts, texts, strict=True)):
+                        changed = self._changed_tensors(callback_on_step_end(self, i, t, given), tensors)
+                        tensors |= changed
+                        latents = tensors["latents"]
+                        callback_tensors.update({name: tensors[name].to(latents) for name in callback_tensors})
+                        if changed.keys() & {"prompt_embeds", "negative_prompt_embeds"}:
+                            new_texts = (tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
                             conditions = _with_texts(conditions, len(latents), *new_texts)
                             conditions_of = {True: conditions, False: conditions.rows(len(latents))}
 
@@ -1160,6 +1171,26 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             output = self.transformer(hidden_states, timestep, **conditions.model_kwargs(), **kwargs)
         return output.sample, output.compute_ratio
 
+    @staticmethod
+    def _changed_tensors(returned: dict | None, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """What a callback returned in the place of `tensors`, checked to fit; `None` leaves them."""
+        returned = returned or {}
+        changed = {name: new for name, new in returned.items() if new is not None and new is not tensors.get(name)}
+        for name, new in changed.items():
+            if name not in tensors:
+                raise ValueError(
+                    f"`callback_on_step_end` returned {name!r}, but only {list(tensors)} can be changed here."
+                )
+            expected = tensors["prompt_embeds" if name == "negative_prompt_embeds" else name]
+            if expected is None:
+                raise ValueError(f"`callback_on_step_end` returned `{name}`, but the run has no text to replace.")
+            if new.shape != expected.shape:
+                raise ValueError(
+                    f"`{name}` from `callback_on_step_end` must have shape {tuple(expected.shape)}, as given, but has "
+                    f"shape {tuple(new.shape)}."
+                )
+        return changed
+
     def _guide(self, model_output: torch.Tensor, null_output: torch.Tensor, num_channels: int) -> torch.Tensor:
         """Classifier-free guidance of the leading channels, the others are those of the conditional half."""
         conditional, null = model_output[:, :num_channels], null_output[:, :num_channels]
@@ -1201,15 +1232,6 @@ def _with_texts(
 ) -> DynaDiTConditions:
     """Other text states of the same shape, in new memory; without a negative text the null half stays."""
     text = conditions.encoder_hidden_states
-    if text is None:
-        raise ValueError("`callback_on_step_end` returned `prompt_embeds`, but the run has no text to replace.")
-    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-        expected = (num_rows, *text.shape[1:])
-        if embeds is not None and embeds.shape != expected:
-            raise ValueError(
-                f"`{name}` from `callback_on_step_end` must have shape {expected}, as given, but has shape "
-                f"{tuple(embeds.shape)}."
-            )
     if negative_prompt_embeds is None:
         return replace(conditions, encoder_hidden_states=torch.cat([prompt_embeds, text[num_rows:]]))
     is_dropped = conditions.caption_dropout_mask
@@ -1228,7 +1250,7 @@ def _stack_texts(states: list[tuple[torch.Tensor, torch.Tensor | None]], num_row
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask
         padding = longest - embeds.shape[1]
         copies = num_rows // len(embeds)
-        all_embeds.append(torch.nn.functional.pad(embeds, (0, 0, 0, padding)).repeat_interleave(copies, dim=0))
-        all_masks.append(torch.nn.functional.pad(mask, (0, padding)).repeat_interleave(copies, dim=0))
+        all_embeds.append(F.pad(embeds, (0, 0, 0, padding)).repeat_interleave(copies, dim=0))
+        all_masks.append(F.pad(mask, (0, padding)).repeat_interleave(copies, dim=0))
     masks = torch.cat(all_masks)
     return torch.cat(all_embeds), None if masks.all() else masks

@@ -96,6 +96,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
 
     def check_inputs(
         self,
+        *,
         prompt: str | list[str] | None,
         image: ImageInput | None,
         strength: float,
@@ -252,8 +253,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             `ValueError`, `TypeError`: on an argument that does not fit the model, and with a scheduler that does not go
                 from data to noise.
         """
-        height, width = self._size(height, width)
-        class_labels = _as_list(class_labels)
+        height, width = self.default_size(height, width)
         self.check_common_inputs(
             height=height,
             width=width,
@@ -279,11 +279,9 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             raise ValueError(f"`strength`={strength} must be in [0, 1].")
         self._check_inversion("`invert`")
         image = self.preprocess_image(image, height, width)
-        numbers = {
-            "image": len(image),
-            "class_labels, prompt": self.get_batch_size(class_labels, prompt, prompt_embeds),
-        }
-        batch_size = _common_number(numbers)
+        batch_size = self.get_batch_size(
+            image=image, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         self._begin_run(1.0, attention_kwargs=attention_kwargs)
         conditions = self.prepare_conditions(
             batch_size,
@@ -336,15 +334,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                         f"`width`={width} they must have {size}."
                     )
                 return image.float()
-        images = image if isinstance(image, (list, tuple)) and len(image) > 0 else [image]
-        batches = [self.read_image(one, name) for one in images]
-        resized = [
-            batch
-            if batch.shape[2:] == (height, width)
-            else F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
-            for batch in batches
-        ]
-        return self.image_processor.normalize(torch.cat(resized))
+        return self.image_processor.normalize(self.read_image(image, name, size=(height, width)))
 
     def _encode(self, image: torch.Tensor) -> torch.Tensor:
         """What [`preprocess_image`] returned as latents, the mode of the VAE's posterior."""
@@ -432,8 +422,22 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         prompt: str | list[str] | None = None,
         image: ImageInput | None = None,
         strength: float = 0.6,
-        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 1.0,
         negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         source_prompt: str | list[str] | None = None,
         source_class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         style_image: ImageInput | None = None,
@@ -442,31 +446,17 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         style_class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
-        guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         guidance_channels: int | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
         max_plan_bytes: int = 2**30,
-        attention_kwargs: dict | None = None,
-        output_type: str = "pil",
         output_compute_ratio: bool = False,
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DynaDiTPipelineOutput | tuple:
         r"""
         Changes an image, or draws one in the style of another.
@@ -487,11 +477,40 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 VAE. 1 takes all from the noise level at which the grid begins: of flow matching this is pure noise, and
                 nothing of the image is left unless it is inverted; of DDPM and its relatives, what their schedule leaves
                 of the image stays in it.
-            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
-                What the result shows, as labels or as names of `id2label`. `None` is the null class.
+            num_inference_steps (`int`, defaults to `50`):
+                Steps of the scheduler from pure noise. `strength` is the share of them that is taken, and an inversion
+                takes as many.
+            timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
+            sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
+            guidance_scale (`float`, defaults to `1.0`):
+                Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
+                null + scale * (conditional - null). 1 and below is off; on, a step evaluates the transformer on both
+                halves. Inversions go without.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from, one text or as many as prompts. `None` guides away from the learned null
                 caption. Only with guidance.
+            num_images_per_prompt (`int`, defaults to `1`):
+                Results for each image, prompt or label. An inversion draws nothing: those of one image are equal.
+            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the images reproducible. A list has one for each image.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `prompt`, see [`encode_prompt`].
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `negative_prompt`.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
+                `"latent"` (the transformer's own range, neither decoded nor clipped).
+            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors. It sees
+                the images, not the references, and no inversion.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
+                What the result shows, as labels or as names of `id2label`. `None` is the null class.
             source_prompt (`str` or `list[str]`, *optional*):
                 What `image` shows. Given, the image is not noised by random noise, but inverted under this text, see
                 [`invert`].
@@ -509,15 +528,6 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 What `style_image` shows, as a class; `None` is the null class.
             height (`int`, *optional*): height of the image in pixels; `None` is that of the transformer's `sample_size`.
             width (`int`, *optional*): width of the image in pixels; `None` is that of the transformer's `sample_size`.
-            num_inference_steps (`int`, defaults to `50`):
-                Steps of the scheduler from pure noise. `strength` is the share of them that is taken, and an inversion
-                takes as many.
-            timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
-            sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
-            guidance_scale (`float`, defaults to `1.0`):
-                Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
-                null + scale * (conditional - null). 1 and below is off; on, a step evaluates the transformer on both
-                halves. Inversions go without.
             guidance_rescale (`float`, defaults to `0.0`):
                 How far to bring the standard deviation of a guided prediction back to that of the conditional one, in
                 [0, 1] ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
@@ -527,20 +537,11 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
                 Number of leading channels to guide; the others are those of the condition. `None` guides all.
-            num_images_per_prompt (`int`, defaults to `1`):
-                Results for each image, prompt or label. An inversion draws nothing: those of one image are equal.
-            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the images reproducible. A list has one for each image.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
                 Standard normal noise to noise the image with, or to start from, instead of drawing it; such as
                 [`invert`] returns for `strength` 1.
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `prompt`, see [`encode_prompt`].
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `prompt_embeds` that count; `None` is all.
-            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `negative_prompt_embeds` that count; `None` is all.
             max_sequence_length (`int`, *optional*):
@@ -552,19 +553,9 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
                 Width of the transformer in (0, 1] for this call. `None` leaves the width that it has.
             max_plan_bytes (`int`, defaults to `2**30`):
                 Memory for what the transformer prepares for the call, see its `prepare_timesteps`.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
-                `"latent"` (the transformer's own range, neither decoded nor clipped).
             output_compute_ratio (`bool`, defaults to `False`):
                 Also return which share of the complete model's compute the run took, inversions and references
                 included; `None` for a `strength` of 0, which computes nothing.
-            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors. It sees
-                the images, not the references, and no inversion.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
 
         Examples:
 
@@ -580,52 +571,48 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        height, width = self._size(height, width)
-        class_labels, source_class_labels, style_class_labels = map(
-            _as_list, (class_labels, source_class_labels, style_class_labels)
-        )
+        height, width = self.default_size(height, width)
         self.check_inputs(
-            prompt,
-            image,
-            strength,
-            class_labels,
-            negative_prompt,
-            source_prompt,
-            source_class_labels,
-            style_image,
-            style_strength,
-            style_prompt,
-            style_class_labels,
-            height,
-            width,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            guidance_channels,
-            num_images_per_prompt,
-            eta,
-            latents,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            prompt=prompt,
+            image=image,
+            strength=strength,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            source_prompt=source_prompt,
+            source_class_labels=source_class_labels,
+            style_image=style_image,
+            style_strength=style_strength,
+            style_prompt=style_prompt,
+            style_class_labels=style_class_labels,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            guidance_channels=guidance_channels,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        numbers = {"class_labels, prompt": self.get_batch_size(class_labels, prompt, prompt_embeds)}
         if image is not None:
             image = self.preprocess_image(image, height, width)
-            numbers["image"] = len(image)
-            numbers["source_class_labels, source_prompt"] = self.get_batch_size(source_class_labels, source_prompt)
         if style_image is not None:
             style_image = self.preprocess_image(style_image, height, width, "style_image")
-            numbers["style_image"] = len(style_image)
-            numbers["style_class_labels, style_prompt"] = self.get_batch_size(style_class_labels, style_prompt)
-        batch_size = _common_number(numbers)
+        source = {"image": image, "source_class_labels": source_class_labels, "source_prompt": source_prompt}
+        style = {"style_image": style_image, "style_class_labels": style_class_labels, "style_prompt": style_prompt}
+        batch_size = self.get_batch_size(
+            **source, **style, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         num_rows = batch_size * num_images_per_prompt
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generators(generator, num_rows)  # also where an inversion leaves nothing to draw
@@ -637,12 +624,12 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         is_styled = strength > 0 and style_image is not None and style_strength > 0
         self._begin_run(1.0, guidance_rescale, attention_kwargs)
         if is_inverted:
-            num_sources = max(numbers["image"], numbers["source_class_labels, source_prompt"])
+            num_sources = self.get_batch_size(**source)
             source_conditions = self.prepare_conditions(
                 num_sources, 1, device, source_class_labels, source_prompt, max_sequence_length=max_sequence_length
             )
         if is_styled:
-            num_references = max(numbers["style_image"], numbers["style_class_labels, style_prompt"])
+            num_references = self.get_batch_size(**style)
             style_conditions = self.prepare_conditions(
                 num_references, 1, device, style_class_labels, style_prompt, max_sequence_length=max_sequence_length
             )
@@ -747,24 +734,6 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             return (images, compute_ratio) if output_compute_ratio else (images,)
         return DynaDiTPipelineOutput(images=images, compute_ratio=compute_ratio)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        default_height, default_width = self.default_size()
-        return default_height if height is None else height, default_width if width is None else width
-
-
-def _as_list(labels):
-    return labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else labels
-
-
-def _common_number(numbers: dict[str, int]) -> int:
-    """The number of results of images, labels and prompts, each of which is there once or as many times."""
-    if len(set(numbers.values()) - {1}) > 1:
-        listed = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        raise ValueError(
-            f"Images, labels and prompts must be single or as many as the others, but there are: {listed}."
-        )
-    return max(numbers.values())
-
 
 def _repeat(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
     return tensor.repeat_interleave(num_rows // len(tensor), dim=0)
@@ -778,15 +747,8 @@ def _without_references(callback: Callable, names: list[str], num_rows: int, num
 
     def wrapped(pipe, i: int, t: torch.Tensor, tensors: dict) -> dict:
         own = {name: None if tensor is None else tensor[:num_rows] for name, tensor in tensors.items()}
-        returned = callback(pipe, i, t, {name: own[name] for name in names}) or {}
-        changed = {name: new for name, new in returned.items() if name in own and new is not own[name]}
+        changed = pipe._changed_tensors(callback(pipe, i, t, {name: own[name] for name in names}), own)
         for name, new in changed.items():
-            expected = own["latents" if name == "latents" else "prompt_embeds"].shape
-            if new.shape != expected:
-                raise ValueError(
-                    f"`{name}` from `callback_on_step_end` must have shape {tuple(expected)}, as given, but has shape "
-                    f"{tuple(new.shape)}."
-                )
             is_negative = name == "negative_prompt_embeds"
             references = new[:: num_rows // num_references] if is_negative else tensors[name][num_rows:]
             changed[name] = torch.cat([new, references])

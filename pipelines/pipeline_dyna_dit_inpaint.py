@@ -70,7 +70,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
 
     def __init__(
         self,
@@ -94,9 +94,11 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
 
     def check_inputs(
         self,
+        *,
         prompt: str | list[str] | None,
         image,
         mask_image,
+        masked_image_latents: torch.Tensor | None,
         class_labels,
         negative_prompt: str | list[str] | None,
         height: int,
@@ -168,6 +170,18 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                     )
             if image.size != mask_image.size:
                 self._raise_sizes(image.size[::-1], mask_image.size[::-1])
+        is_asked_for = "masked_image_latents" in (callback_on_step_end_tensor_inputs or [])
+        if (masked_image_latents is not None or is_asked_for) and self.transformer.config.condition_channels == 0:
+            raise ValueError(
+                "`masked_image_latents` is what a transformer trained for inpainting is given, but this one is not "
+                "(`condition_channels` is 0). Leave it out, also of `callback_on_step_end_tensor_inputs`."
+            )
+        shape = (self.transformer.config.in_channels, *(side // self.vae_scale_factor for side in (height, width)))
+        if masked_image_latents is not None and masked_image_latents.shape[1:] != shape:
+            raise ValueError(
+                f"`masked_image_latents` must have shape (batch_size, {', '.join(map(str, shape))}), but has shape "
+                f"{tuple(masked_image_latents.shape)}."
+            )
         for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
             if int(value) != value or value < 1:
                 raise ValueError(f"`{name}`={value} must be a whole number, at least 1.")
@@ -216,7 +230,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         size = (height or pixels.shape[2], width or pixels.shape[3])
         self.check_size(*size)
         if size != tuple(pixels.shape[2:]):
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = self.read_image(pixels, size=size)
             mask = F.interpolate(mask, size=size, mode="bilinear", antialias=True)
         num_rows = max(len(pixels), len(mask))
         mask = (mask >= 0.5).float()
@@ -296,8 +310,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
-        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
-        negative_prompt: str | list[str] | None = None,
+        masked_image_latents: torch.Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
@@ -306,29 +319,31 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_channels: int | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
-        jump_length: int = 1,
-        jump_n_sample: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
+        jump_length: int = 1,
+        jump_n_sample: int = 1,
+        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
         max_plan_bytes: int = 2**30,
-        attention_kwargs: dict | None = None,
-        output_type: str = "pil",
         output_compute_ratio: bool = False,
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DynaDiTPipelineOutput | tuple:
         r"""
         Paints the masked part of images.
@@ -344,12 +359,9 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 White, 1, where to paint; black, 0, where to keep the image; cut at 0.5. Of the size of `image`, with one
                 channel, which may be left out; of an image of Pillow the luminance is taken. One for all images or one
                 for each.
-            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
-                What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
-                the null class.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from, one text or as many as prompts. `None` guides away from the learned null
-                caption. Only with guidance.
+            masked_image_latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
+                What a transformer trained for inpainting is given of the image, one for all or one for each, in the place
+                of the image that is grey where to paint, encoded as [`encode_image`] does.
             height (`int`, *optional*):
                 In pixels, to resize image and mask to. `None` is that of the image; with `padding_mask_crop`, that of the
                 transformer's `sample_size`.
@@ -367,6 +379,34 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             guidance_scale (`float`, defaults to `1.0`):
                 Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
                 null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from, one text or as many as prompts. `None` guides away from the learned null
+                caption. Only with guidance.
+            num_images_per_prompt (`int`, defaults to `1`): results for each image.
+            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the images reproducible. A list has one for each image.
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
+                Standard normal noise to start from, instead of drawing it.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `prompt`, see [`encode_prompt`].
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `negative_prompt`.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
+                `"latent"` (the transformer's own range, neither decoded nor clipped).
+            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"`, `"negative_prompt_embeds"` and
+                `"mask"`, that of the latents, which decides what is kept, and, of a transformer trained for inpainting,
+                `"masked_image_latents"`; both have one row for each result. With `padding_mask_crop` the mask stays.
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
+                What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
+                the null class.
             guidance_rescale (`float`, defaults to `0.0`):
                 How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
                 ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
@@ -376,23 +416,13 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
                 Number of leading channels to guide; the others are those of the text. `None` guides all.
-            num_images_per_prompt (`int`, defaults to `1`): results for each image.
-            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
             jump_length (`int`, defaults to `1`): steps to go back by in resampling.
             jump_n_sample (`int`, defaults to `1`):
                 How many times to take each run of `jump_length` steps (resampling), so that what is painted comes to fit
                 what is known, at as many times the cost: after each but the last, noise is added back. 1 is off. For
                 flow-matching schedulers with solvers of one step.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the images reproducible. A list has one for each image.
-            latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
-                Standard normal noise to start from, instead of drawing it.
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `prompt`, see [`encode_prompt`].
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `prompt_embeds` that count; `None` is all.
-            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `negative_prompt_embeds` that count; `None` is all.
             max_sequence_length (`int`, *optional*):
@@ -404,17 +434,8 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 Width of the transformer in (0, 1] for this call. `None` leaves the width that it has.
             max_plan_bytes (`int`, defaults to `2**30`):
                 Memory for what the transformer prepares for the call, see its `prepare_timesteps`.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
-                `"latent"` (the transformer's own range, neither decoded nor clipped).
             output_compute_ratio (`bool`, defaults to `False`):
                 Also return which share of the complete model's compute the run took.
-            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
 
         Examples:
 
@@ -430,43 +451,40 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
         if padding_mask_crop is None:
             pixels, mask = self.prepare_image_and_mask(image, mask_image, height, width)
             height, width = pixels.shape[2:]
         else:
-            default_height, default_width = self.default_size()
-            height = default_height if height is None else height
-            width = default_width if width is None else width
+            height, width = self.default_size(height, width)
         self.check_inputs(
-            prompt,
-            image,
-            mask_image,
-            class_labels,
-            negative_prompt,
-            height,
-            width,
-            padding_mask_crop,
-            strength,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            guidance_channels,
-            num_images_per_prompt,
-            eta,
-            jump_length,
-            jump_n_sample,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            prompt=prompt,
+            image=image,
+            mask_image=mask_image,
+            masked_image_latents=masked_image_latents,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            padding_mask_crop=padding_mask_crop,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            guidance_channels=guidance_channels,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            jump_length=jump_length,
+            jump_n_sample=jump_n_sample,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         if padding_mask_crop is not None:
             # Cut at 0.5 before the crop, so that what is pasted and what is kept fit.
@@ -479,14 +497,19 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             ]
             pixels, mask = self.prepare_image_and_mask(*cropped, height, width)
         self.check_mask(mask)
-        latent_mask = F.max_pool2d(mask, self.vae_scale_factor)  # all that is to be painted, and what it touches
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)
         device = self._execution_device
 
         # 2. Conditions, time grid
-        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds, pixels)
+        batch_size = self.get_batch_size(
+            image=pixels,
+            masked_image_latents=masked_image_latents,
+            class_labels=class_labels,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+        )
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,
@@ -505,17 +528,20 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             timesteps = self.get_timesteps(strength)
 
         # 3. Image and mask, one row for each image to paint, and the noise of the trajectory
-        copies = batch_size // len(pixels) * num_images_per_prompt
-        pixels = pixels.to(device).repeat_interleave(copies, dim=0)
-        mask = mask.to(device).repeat_interleave(copies, dim=0)
-        latent_mask = latent_mask.to(device).repeat_interleave(copies, dim=0)
+        num_rows = batch_size * num_images_per_prompt
+
+        def repeat(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, dtype=torch.float32).repeat_interleave(num_rows // len(tensor), dim=0)
+
+        pixels, mask = repeat(pixels), repeat(mask)
         normalized = self.image_processor.normalize(pixels)
         image_latents = self.encode_image(normalized, sample_mode="argmax")
-        condition = None
-        if self.transformer.config.condition_channels:
-            masked_latents = self.encode_image(normalized * (1 - mask), sample_mode="argmax")
-            condition = torch.cat([latent_mask, masked_latents], dim=1)
-        num_rows = len(pixels)
+        tensors = {"mask": F.max_pool2d(mask, self.vae_scale_factor)}  # all to be painted, and what it touches
+        is_trained = self.transformer.config.condition_channels > 0
+        if is_trained:
+            if masked_image_latents is None:
+                masked_image_latents = self.encode_image(normalized * (1 - mask), sample_mode="argmax")
+            tensors["masked_image_latents"] = repeat(masked_image_latents)
         noise = self.prepare_latents(num_rows, height, width, generator, latents, device)
         noise = noise / getattr(self.scheduler, "init_noise_sigma", 1.0)
         start = {"image_latents": image_latents, "timestep": timesteps[0]} if strength < 1 else {}
@@ -531,7 +557,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             known = image_latents
             if next_i < len(timesteps):
                 known = self.add_noise(image_latents, noise, timesteps[next_i])
-            return torch.where(latent_mask > 0, latents, known)
+            return torch.where(tensors["mask"] > 0, latents, known)
 
         latents, compute_ratio = self.denoise(
             timesteps,
@@ -545,14 +571,22 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             width_mult=width_mult,
             max_plan_bytes=max_plan_bytes,
             output_compute_ratio=output_compute_ratio,
-            condition_channels=(lambda i: condition) if condition is not None else None,
+            condition_channels=(lambda i: torch.cat(list(tensors.values()), dim=1)) if is_trained else None,
             after_step=set_known_part,
             steps=self.get_steps(len(timesteps), jump_length, jump_n_sample),
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_tensors=tensors,
         )
 
         # 5. Images
+        if not torch.equal(tensors["mask"], F.max_pool2d(mask, self.vae_scale_factor)):  # changed by the callback
+            if padding_mask_crop is not None:
+                raise ValueError(
+                    "`callback_on_step_end` changed `mask`, but with `padding_mask_crop` the result is pasted by "
+                    "`mask_image`. Leave one of them out."
+                )
+            mask = F.interpolate(tensors["mask"], scale_factor=self.vae_scale_factor)
         if output_type == "latent":
             images = latents
         else:

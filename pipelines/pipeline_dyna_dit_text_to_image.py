@@ -86,6 +86,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
 
     def check_inputs(
         self,
+        *,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None,
         height: int,
@@ -141,16 +142,13 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
         num_inference_steps: int = 50,
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 4.5,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_channels: int | None = None,
         num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -158,17 +156,20 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
         class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
         max_plan_bytes: int = 2**30,
-        attention_kwargs: dict | None = None,
-        output_type: str = "pil",
         output_compute_ratio: bool = False,
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DynaDiTPipelineOutput | tuple:
         r"""
         Draws images.
@@ -180,8 +181,6 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from, one text or as many as prompts. `None` guides away from the learned null
                 caption. Only with guidance.
-            height (`int`, *optional*): height of the image in pixels; `None` is that of the transformer's `sample_size`.
-            width (`int`, *optional*): width of the image in pixels; `None` is that of the transformer's `sample_size`.
             num_inference_steps (`int`, defaults to `50`): steps of the scheduler.
             timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
             sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
@@ -189,16 +188,9 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
                 Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
                 null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves. It
                 needs a transformer trained with a null caption, or a `negative_prompt`.
-            guidance_rescale (`float`, defaults to `0.0`):
-                How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
-                ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
-            guidance_interval (`tuple[float, float]`, *optional*):
-                Noise levels, `timestep / num_train_timesteps` in [0, 1] with 1 the noise, from the lowest to the highest
-                at which to guide ([arXiv 2404.07724](https://huggingface.co/papers/2404.07724)). The steps outside cost
-                half as much. `None` guides at all.
-            guidance_channels (`int`, *optional*):
-                Number of leading channels to guide; the others are those of the text. `None` guides all.
             num_images_per_prompt (`int`, defaults to `1`): images for each prompt or label.
+            height (`int`, *optional*): height of the image in pixels; `None` is that of the transformer's `sample_size`.
+            width (`int`, *optional*): width of the image in pixels; `None` is that of the transformer's `sample_size`.
             eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes the images reproducible. A list has one for each image.
@@ -212,9 +204,28 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
                 Text states in the place of `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `negative_prompt_embeds` that count; `None` is all.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
+                `"latent"` (the transformer's own range, neither decoded nor clipped).
+            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
             max_sequence_length (`int`, *optional*):
                 Most tokens of a prompt; the rest is cut off, with a warning. `None` is what the tokenizer and the text
                 encoder take.
+            guidance_rescale (`float`, defaults to `0.0`):
+                How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
+                ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
+            guidance_interval (`tuple[float, float]`, *optional*):
+                Noise levels, `timestep / num_train_timesteps` in [0, 1] with 1 the noise, from the lowest to the highest
+                at which to guide ([arXiv 2404.07724](https://huggingface.co/papers/2404.07724)). The steps outside cost
+                half as much. `None` guides at all.
+            guidance_channels (`int`, *optional*):
+                Number of leading channels to guide; the others are those of the text. `None` guides all.
             class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
                 What to draw, for a transformer that has classes too, as labels or as names of `id2label`: one for all, or
                 one for each prompt. `None` is the null class.
@@ -224,17 +235,8 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
                 Width of the transformer in (0, 1] for this call. `None` leaves the width that it has.
             max_plan_bytes (`int`, defaults to `2**30`):
                 Memory for what the transformer prepares for the call, see its `prepare_timesteps`.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
-                `"latent"` (the transformer's own range, neither decoded nor clipped).
             output_compute_ratio (`bool`, defaults to `False`):
                 Also return which share of the complete model's compute the run took.
-            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
 
         Examples:
 
@@ -250,33 +252,29 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        default_height, default_width = self.default_size()
-        height = default_height if height is None else height
-        width = default_width if width is None else width
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
+        height, width = self.default_size(height, width)
         self.check_inputs(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            guidance_channels,
-            num_images_per_prompt,
-            eta,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-            class_labels,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            guidance_channels=guidance_channels,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            class_labels=class_labels,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -284,7 +282,7 @@ class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
         device = self._execution_device
 
         # 2. Text and labels, time grid, noise
-        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds)
+        batch_size = self.get_batch_size(class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds)
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,

@@ -136,6 +136,7 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
 
     def check_inputs(
         self,
+        *,
         prompt: str | list[str] | None,
         class_labels,
         negative_prompt: str | list[str] | None,
@@ -327,37 +328,37 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         self,
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
-        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
-        negative_prompt: str | list[str] | None = None,
-        noise_level: float | None = None,
-        tile_size: int | tuple[int, int] | None = None,
-        tile_overlap: int | None = None,
-        tile_batch_size: int = 8,
         num_inference_steps: int = 50,
-        timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_channels: int | None = None,
+        noise_level: float | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: int | None = None,
+        tile_batch_size: int = 8,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
         complete_model: bool = False,
         width_mult: float | None = None,
         max_plan_bytes: int = 2**30,
-        attention_kwargs: dict | None = None,
-        output_type: str = "pil",
         output_compute_ratio: bool = False,
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DynaDiTPipelineOutput | tuple:
         r"""
         Enlarges images by `upscale_factor`.
@@ -369,28 +370,48 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
                 The low-resolution image. Arrays have shape `(batch_size, height, width, channels)`, tensors
                 `(batch_size, channels, height, width)`, both in [0, 1]; the batch may be left out. A single image serves
                 all prompts and labels.
-            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
-                What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
-                the null class.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from, one text or as many as prompts. `None` guides away from the learned null
-                caption. Only with guidance.
+            num_inference_steps (`int`, defaults to `50`): steps of the scheduler.
+            guidance_scale (`float`, defaults to `1.0`):
+                Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
+                null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
             noise_level (`float`, *optional*):
                 How much noise to add to the low-resolution image, in units of timestep, in [0, `max_noise_level`]. With
                 more, the result keeps less of it and has more of the model's own. `None` is 20, or `max_noise_level`
                 where that is less.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from, one text or as many as prompts. `None` guides away from the learned null
+                caption. Only with guidance.
+            num_images_per_prompt (`int`, defaults to `1`): results for each image.
+            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the images reproducible. A list has one for each image.
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
+                Standard normal noise to start from, instead of drawing it.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `prompt`, see [`encode_prompt`].
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
+                Text states in the place of `negative_prompt`.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
+                `"latent"` (the transformer's own range, neither decoded nor clipped).
+            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the transformer, which `step` counts; may return changed tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor` or `np.ndarray` of shape `(batch_size,)`, *optional*):
+                What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
+                the null class.
             tile_size (`int` or `tuple[int, int]`, *optional*):
                 Side, or height and width, of the tiles in pixels of the result. `None` is the size that the transformer
                 was made for. A side of the result that is not longer is not cut.
             tile_overlap (`int`, *optional*):
                 By how many pixels of the result neighbouring tiles overlap. `None` is about a quarter of a tile.
             tile_batch_size (`int`, defaults to `8`): how many tiles of each image to predict at a time.
-            num_inference_steps (`int`, defaults to `50`): steps of the scheduler.
             timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
             sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
-            guidance_scale (`float`, defaults to `1.0`):
-                Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
-                null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
             guidance_rescale (`float`, defaults to `0.0`):
                 How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
                 ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
@@ -400,18 +421,8 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
                 Number of leading channels to guide; the others are those of the text. `None` guides all.
-            num_images_per_prompt (`int`, defaults to `1`): results for each image.
-            eta (`float`, defaults to `0.0`): the noise of `DDIMScheduler`, in [0, 1]; ignored by others.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the images reproducible. A list has one for each image.
-            latents (`torch.Tensor` of shape `(batch_size, in_channels, latent_height, latent_width)`, *optional*):
-                Standard normal noise to start from, instead of drawing it.
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `prompt`, see [`encode_prompt`].
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `prompt_embeds` that count; `None` is all.
-            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, channels)`, *optional*):
-                Text states in the place of `negative_prompt`.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `negative_prompt_embeds` that count; `None` is all.
             max_sequence_length (`int`, *optional*):
@@ -423,17 +434,8 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
                 Width of the transformer in (0, 1] for this call. `None` leaves the width that it has.
             max_plan_bytes (`int`, defaults to `2**30`):
                 Memory for what the transformer prepares for the call, see its `prepare_timesteps`.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer; `scale` is the weight of a LoRA.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (float in [0, 1], channels last), `"pt"` (float in [0, 1], channels first) or
-                `"latent"` (the transformer's own range, neither decoded nor clipped).
             output_compute_ratio (`bool`, defaults to `False`):
                 Also return which share of the complete model's compute the run took.
-            return_dict (`bool`, defaults to `True`): return a [`DynaDiTPipelineOutput`] instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                The tensors that the callback gets, of `"latents"`, `"prompt_embeds"` and `"negative_prompt_embeds"`.
 
         Examples:
 
@@ -449,8 +451,6 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
         pixels = self.read_image(image)
         height, width = (side * self.config.upscale_factor for side in pixels.shape[2:])
         noise_level = min(20.0, self.config.max_noise_level) if noise_level is None else noise_level
@@ -459,31 +459,31 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         if tile_overlap is None:
             tile_overlap = min(tile_size) // (4 * self.vae_scale_factor) * self.vae_scale_factor
         self.check_inputs(
-            prompt,
-            class_labels,
-            negative_prompt,
-            noise_level,
-            tile_size,
-            tile_overlap,
-            tile_batch_size,
-            height,
-            width,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            guidance_rescale,
-            guidance_interval,
-            guidance_channels,
-            num_images_per_prompt,
-            eta,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            noise_level=noise_level,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
+            tile_batch_size=tile_batch_size,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            guidance_channels=guidance_channels,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -507,7 +507,9 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
         self._tile_batch_size = tile_batch_size
 
         # 3. Conditions, time grid, noise
-        batch_size = self.get_batch_size(class_labels, prompt, prompt_embeds, pixels)
+        batch_size = self.get_batch_size(
+            image=pixels, class_labels=class_labels, prompt=prompt, prompt_embeds=prompt_embeds
+        )
         conditions = self.prepare_conditions(
             batch_size,
             num_images_per_prompt,

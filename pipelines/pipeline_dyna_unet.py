@@ -269,7 +269,8 @@ class DynaUNetPipeline(DiffusionPipeline):
                 `"latent"` (the U-Net's own range, about [-1, 1], not clipped).
             return_dict (`bool`, defaults to `True`): return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, tensors)`, may return changed tensors.
+                Called as `callback(pipe, step, timestep, tensors)` after each step, with a solver of order 2 and more after
+                each call of the U-Net, which `step` counts; may return changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 The tensors that the callback gets.
 

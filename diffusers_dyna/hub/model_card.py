@@ -523,9 +523,13 @@ def _example_call(folder: PipelineFolder, grid: dict) -> str:
     """Arguments of a call of the pipeline that runs, with the settings of the sample grid where they are known."""
     parameters = inspect.signature(folder.pipeline_class.__call__).parameters
     arguments = [f"{name}={name}" for name in INPUT_PICTURES if name in parameters]
-    if folder.has_text_encoder and "prompt" in parameters:
+    config = folder.config("transformer")
+    has_null_class = config.get("num_classes") is None or config["class_dropout_prob"] > 0
+    has_prompt = folder.has_text_encoder and "prompt" in parameters
+    has_labels = folder.num_classes and "class_labels" in parameters and not (has_prompt and has_null_class)
+    if has_prompt:
         arguments.append('prompt="a lighthouse on a cliff"')
-    elif folder.num_classes and "class_labels" in parameters:
+    if has_labels:
         labels: list = list(range(1 if folder.image_task is not None else min(2, folder.num_classes)))
         names = folder.index.get("id2label") or {}
         shared = Counter(part.strip() for name in names.values() for part in name.split(","))
@@ -535,6 +539,9 @@ def _example_call(folder: PipelineFolder, grid: dict) -> str:
     for name in ("num_inference_steps", "guidance_scale"):
         if name in parameters and isinstance(grid.get(name), (int, float)):
             arguments.append(f"{name}={grid[name]}")
+        elif name == "guidance_scale" and parameters[name].default > 1:  # that of a pipeline with text
+            can_guide = (has_prompt or has_labels) and config["caption_dropout_prob"] > 0 and has_null_class
+            arguments += [] if can_guide else ["guidance_scale=1.0"]
     arguments.append(f"generator=torch.Generator().manual_seed({int(grid.get('seed') or 0)})")
     return "\n".join(f"    {argument}," for argument in arguments)
 

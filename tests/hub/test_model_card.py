@@ -197,6 +197,38 @@ def test_a_text_to_image_model(tmp_path):
     )
 
 
+CLASSES = {"num_classes": 3, "class_dropout_prob": 0.1}
+
+
+@pytest.mark.parametrize(
+    "config, has_encoder, arguments",
+    [
+        ({}, True, ['prompt="a lighthouse on a cliff",']),
+        ({"caption_dropout_prob": 0.0}, True, ['prompt="a lighthouse on a cliff",', "guidance_scale=1.0,"]),
+        (CLASSES, True, ['prompt="a lighthouse on a cliff",']),
+        (
+            {**CLASSES, "class_dropout_prob": 0.0},
+            True,
+            ['prompt="a lighthouse on a cliff",', "class_labels=[0, 1],", "guidance_scale=1.0,"],
+        ),
+        ({}, False, ["guidance_scale=1.0,"]),
+        (CLASSES, False, ["class_labels=[0, 1],"]),
+    ],
+)
+def test_the_example_of_a_text_model_runs(config, has_encoder, arguments, tmp_path, monkeypatch):
+    """Also where the guidance that is the default has no null condition to guide away from."""
+    texts = (tiny_text_encoder(), tiny_tokenizer()) if has_encoder else (None, None)
+    pipe = DynaDiTTextToImagePipeline(tiny_dit(**{**TEXT, **config}), FlowMatchODEScheduler(), *texts)
+    pipe.save_pretrained(tmp_path / "model")
+    card = create_model_card(tmp_path / "model", "ada/moji")
+    block = re.search(r"```python\n(.*?)```", card.text, flags=re.S)[1]
+    call = re.search(r"images = pipe\(\n(.*)\)\.images", block, flags=re.S)[1].split("\n")
+    assert [line.strip() for line in call if line][:-1] == arguments
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("ada/moji", "./model"), {})
+    assert (tmp_path / "sample.png").is_file()
+
+
 @pytest.mark.parametrize(
     "name, config, tags, description, arguments",
     [

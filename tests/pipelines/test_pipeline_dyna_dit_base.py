@@ -4,9 +4,13 @@ The loop that the pipelines of the dynamic transformer share, in the ways that t
 it: from the middle of a grid, with steps taken again, with conditions in further channels, with added rows, in reverse.
 """
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
+import diffusers
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,6 +19,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
+import diffusers_dyna
 from diffusers_dyna import FlowMatchODEScheduler, FlowMatchSDEScheduler
 from diffusers_dyna.pipelines.pipeline_dyna_dit_base import DynaDiTConditions, DynaDiTPipelineBase
 
@@ -310,7 +315,7 @@ def test_conditions_of_classes_and_text():
     pipe = make_pipeline(**{**TEXT, "num_classes": 3, "class_dropout_prob": 0.1}, scale=2.0)
     texts = {"prompt_embeds": randn(2, 4, 16), "negative_prompt_embeds": randn(1, 6, 16, seed=1)}
     pipe.check_conditions(2.0, 1, **texts)
-    assert pipe.get_batch_size(1, prompt_embeds=texts["prompt_embeds"]) == 2
+    assert pipe.get_batch_size(class_labels=1, prompt_embeds=texts["prompt_embeds"]) == 2
     conditions = pipe.prepare_conditions(2, 2, CPU, 1, **texts)
     assert conditions.class_labels.tolist() == [1] * 4 + [3] * 4
     assert conditions.caption_dropout_mask is None
@@ -321,8 +326,8 @@ def test_conditions_of_classes_and_text():
     assert only_class.encoder_hidden_states is None and only_class.class_labels.tolist() == [1, 3]
     only_text = pipe.prepare_conditions(2, 1, CPU, **texts)
     assert only_text.class_labels.tolist() == [3, 3, 3, 3]
-    with pytest.raises(ValueError, match=r"as many labels as prompts, .*: `class_labels` 3, `prompt_embeds` 2"):
-        pipe.get_batch_size([0, 1, 2], prompt_embeds=texts["prompt_embeds"])
+    with pytest.raises(ValueError, match=r"as many of each, .*: `class_labels` 3, `prompt_embeds` 2"):
+        pipe.get_batch_size(class_labels=[0, 1, 2], prompt_embeds=texts["prompt_embeds"])
     with pytest.raises(ValueError, match="`prompt` or one of its kind was given, but the transformer has no text"):
         make_pipeline().check_conditions(1.0, 0, prompt="red")
 
@@ -364,4 +369,65 @@ def test_sizes_that_do_not_divide_name_the_nearest():
     with pytest.raises(ValueError, match=r"divisible by 4 \(`patch_size` 2 x .* 2 .*are 17 and 1. .* is 16 and 4\."):
         pipe.check_size(17, 1)
     pipe.check_size(20, 12)
-    assert pipe.default_size() == (16, 16)
+    assert pipe.default_size() == (16, 16) and pipe.default_size(width=20) == (16, 20)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "name, relative, first_left_out",
+    [
+        ("DynaDiTTextToImagePipeline", "SanaPipeline", "clean_caption"),
+        ("DynaDiTImg2ImgPipeline", "StableDiffusionImg2ImgPipeline", "ip_adapter_image"),
+        ("DynaDiTInpaintPipeline", "StableDiffusionInpaintPipeline", "ip_adapter_image"),
+        ("DynaDiTUpscalePipeline", "StableDiffusionUpscalePipeline", "callback"),
+    ],
+)
+def test_arguments_come_in_the_order_of_diffusers(name, relative, first_left_out):
+    """Those of diffusers' pipeline of the same task, which by position go as far as ours has all; then our own."""
+    ours = list(inspect.signature(getattr(diffusers_dyna, name).__call__).parameters)
+    theirs = list(inspect.signature(getattr(diffusers, relative).__call__).parameters)
+    theirs = [name.replace("cross_attention_kwargs", "attention_kwargs") for name in theirs]
+    shared = [name for name in theirs if name in ours]
+    assert ours[: len(shared)] == shared
+    assert theirs[: theirs.index(first_left_out)] == shared[: theirs.index(first_left_out)]
+
+
+def test_arguments_of_encode_prompt_come_in_the_order_of_diffusers():
+    ours = list(inspect.signature(DynaDiTPipelineBase.encode_prompt).parameters)
+    assert ours == [
+        name for name in inspect.signature(diffusers.SanaPipeline.encode_prompt).parameters if name in ours
+    ]
+
+
+@pytest.mark.parametrize("task", ["TextToImage", "Img2Img", "Inpaint", "Upscale"])
+def test_checks_take_their_many_arguments_by_name(task):
+    _, *parameters = inspect.signature(
+        getattr(diffusers_dyna, f"DynaDiT{task}Pipeline").check_inputs
+    ).parameters.values()
+    assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_labels_of_all_kinds():
+    pipe = make_pipeline()
+    for labels in ([0, 2], torch.tensor([0, 2]), np.array([0, 2])):
+        assert pipe.get_label_ids(labels) == [0, 2]
+        assert pipe.get_batch_size(class_labels=labels, image=torch.zeros(1, 3, 8, 8), prompt=None) == 2
+    for label in (2, torch.tensor(2)):
+        assert pipe.get_label_ids(label) == [2]
+        assert pipe.get_batch_size(class_labels=label, prompt="red") == 1
+    assert pipe.get_batch_size() == 1
+    with pytest.raises(ValueError, match="`style_prompt` is empty. Give at least one prompt"):
+        pipe.get_batch_size(style_prompt=[])
+
+
+def test_images_of_several_sizes_are_read_at_one():
+    pipe = make_pipeline()
+    images = [torch.rand(3, 8, 8), torch.rand(3, 12, 6)]
+    read = pipe.read_image(images, size=(8, 8))
+    resized = torch.nn.functional.interpolate(images[1][None], size=(8, 8), mode="bicubic", antialias=True)
+    assert torch.equal(read[0], images[0])
+    torch.testing.assert_close(read[1:], resized.clamp(0, 1))
+    with pytest.raises(ValueError, match="`image` has images of several sizes: 8 x 8, 12 x 6"):
+        pipe.read_image(images)

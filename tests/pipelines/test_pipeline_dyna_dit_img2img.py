@@ -918,10 +918,16 @@ def test_a_transformer_of_another_task():
         ({"height": 9, "width": 8}, "`height` and `width` must be positive and divisible by 2 .* 10 and 8"),
         (
             {"image": pictures(0, 1), "class_labels": [0, 1, 2]},
-            "must be single or as many as the others, but there are: class_labels, prompt 3, image 2",
+            "There must be as many of each, or one for all, but there are: `image` 2, `class_labels` 3",
         ),
-        ({"class_labels": [0, 1], "style_image": pictures(0, 1, 2)}, "must be single or as many .* style_image 3"),
-        ({"source_class_labels": [0, 1], "image": pictures(0, 1, 2)}, "must be single .* source_prompt 2"),
+        (
+            {"class_labels": [0, 1], "style_image": pictures(0, 1, 2)},
+            "as many of each, .* `style_image` 3, `class_labels` 2",
+        ),
+        (
+            {"source_class_labels": [0, 1], "image": pictures(0, 1, 2)},
+            "as many of each, .* `image` 3, `source_class_labels` 2",
+        ),
         ({"source_class_labels": 7}, "`class_labels` has the label 7, but the model has 3 classes"),
         (
             {"source_prompt": "a cat"},
@@ -968,7 +974,7 @@ def test_a_scheduler_that_cannot_invert(name, arguments, what):
     "arguments, message",
     [
         ({"strength": 2}, r"`strength`=2 must be in \[0, 1\]"),
-        ({"class_labels": [0, 1, 2]}, "must be single or as many .* image 2, class_labels, prompt 3"),
+        ({"class_labels": [0, 1, 2]}, "as many of each, or one for all, .* `image` 2, `class_labels` 3"),
         ({"num_inference_steps": 0}, "`num_inference_steps`=0 must be a whole number"),
         ({"prompt": "a cat"}, "the transformer has no text conditioning"),
         ({"width": 7}, "must be positive and divisible by 2"),

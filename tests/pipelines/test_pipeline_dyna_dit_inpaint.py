@@ -308,6 +308,31 @@ def test_condition_channels_are_those_of_training(has_vae):
     assert (seen[0][:, :channels] - seen[-1][:, :channels]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("has_vae", [False, True])
+def test_masked_image_latents(has_vae):
+    """In the place of the image without its hole, which they are made of unless they are given; one for all or for each."""
+    config = {"vae": tiny_vae(shift_factor=0.3), "in_channels": 4} if has_vae else {}
+    pipe = make_pipeline(trained=True, **config)
+    images, mask = pictures(0, 1, size=16), square(4, 4, side=8, size=16)
+    arguments = {"class_labels": [0, 1], "guidance_scale": 2.0, "generator": generators(0, 1)}
+    expected = paint(pipe, images, mask, **arguments)
+    masked = pipe.encode_image((2 * images - 1) * (1 - mask), sample_mode="argmax").detach()
+    arguments["generator"] = generators(0, 1)
+    assert_close(paint(pipe, images, mask, masked_image_latents=masked, **arguments), expected)
+
+    seen = watch(pipe.transformer)
+    other, channels = randn(*masked[:1].shape, seed=7), masked.shape[1]
+    arguments["generator"] = generators(0, 1)
+    results = paint(pipe, images, mask, masked_image_latents=other, **arguments)
+    for model_input in seen:
+        assert_close(model_input[:, channels + 1 :], other.expand(4, -1, -1, -1))
+    assert (results - expected).abs().max() > 0.01
+    arguments |= {"generator": generators(0, 1, 2, 3), "num_images_per_prompt": 2}
+    del seen[:]
+    paint(pipe, images[:1], mask, masked_image_latents=masked, **arguments)
+    assert_close(seen[0][:, channels + 1 :], masked[[0, 0, 1, 1] * 2])
+
+
 def test_latents_are_composited():
     """With a VAE, what is kept are the latents of the image, the mean of their distribution."""
     vae = tiny_vae(shift_factor=0.3)
@@ -322,6 +347,114 @@ def test_latents_are_composited():
     kept[2:5, 2:6] = False
     assert_close(latents[:, :, kept], expected[:, :, kept], atol=1e-6)
     assert ((latents - expected)[:, :, ~kept].abs() > 1e-3).float().mean() > 0.9
+
+
+# What a callback may change
+
+
+def after(step: int, **changed):
+    """A callback that changes tensors after one step."""
+    return lambda pipe, i, timestep, tensors: changed if i == step else None
+
+
+def test_callback_changes_what_the_transformer_is_given():
+    """From the next step on, in both halves of guidance; against a run that was given it from the start."""
+    pipe = make_pipeline(trained=True)
+    images, mask, other = pictures(0, 1), square(), randn(2, 3, 8, 8, seed=7)
+    arguments = {"class_labels": [0, 1], "guidance_scale": 2.0, "output_type": "latent"}
+    seen = watch(pipe.transformer)
+    names = ["latents", "mask", "masked_image_latents"]
+    given = []
+
+    def callback(pipeline, step, timestep, tensors):
+        given.append({name: tensor.clone() for name, tensor in tensors.items()})
+        return {"masked_image_latents": other} if step == 1 else {}
+
+    arguments["callback_on_step_end_tensor_inputs"] = names
+    changed = paint(pipe, images, mask, generator=generators(0, 1), callback_on_step_end=callback, **arguments)
+    assert [list(tensors) for tensors in given] == [names] * 4
+    masked = (2 * images - 1) * (1 - mask)
+    for step, (model_input, tensors) in enumerate(zip(seen, given, strict=True)):
+        assert_close(model_input[:, 4:], (masked if step < 2 else other).repeat(2, 1, 1, 1))
+        assert_close(model_input[:, 3:4], mask.expand(4, 1, 8, 8))
+        assert torch.equal(tensors["mask"], mask.expand(2, 1, 8, 8))
+        assert_close(tensors["masked_image_latents"], masked if step < 2 else other)
+    plain = paint(pipe, images, mask, generator=generators(0, 1), **arguments)
+    assert (changed - plain).abs().max() > 0.01
+    # what comes back as it was given is no change
+    same = paint(pipe, images, mask, generator=generators(0, 1), callback_on_step_end=lambda *a: a[3], **arguments)
+    assert_close(same, plain)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_callback_changes_the_mask(trained, in_place):
+    """After half of the steps another part is painted: what the transformer is told, what is set, and what is kept."""
+    pipe = make_pipeline(trained=trained)
+    image, first, second = pictures(0), square(0, 0), square(2, 3)
+    seen = watch(pipe.transformer)
+
+    def callback(pipeline, step, timestep, tensors):
+        if step == 1 and in_place:
+            tensors["mask"].copy_(second[None])
+        return {"mask": second[None]} if step == 1 and not in_place else {}
+
+    arguments = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["mask"], "class_labels": 2}
+    actual = paint(pipe, image, first, generator=generators(0), **arguments)
+
+    scheduler, data, noise = FlowMatchODEScheduler(), 2 * image - 1, randn(1, 3, 8, 8)
+    scheduler.set_timesteps(4)
+    sample = noise
+    for step, (t, level) in enumerate(zip(scheduler.timesteps, (0.75, 0.5, 0.25, 0.0))):
+        mask = (first if step < 2 else second)[None]
+        condition = torch.cat([mask, data * (1 - first)], dim=1) if trained else None
+        if trained:
+            assert_close(seen[step][:, 3:], condition)
+        sample = scheduler.step(predict(pipe, sample, t, 2, 1.0, condition), t, sample).prev_sample
+        sample = mask * sample + (1 - mask) * ((1 - level) * data + level * noise)
+    assert_close(actual, (sample / 2 + 0.5).clamp(0, 1))
+    kept = (second < 0.5).expand(1, 3, 8, 8)
+    assert torch.equal(actual[kept], image[kept])
+
+
+def test_callback_changes_the_mask_of_latents():
+    """Of a VAE: the pixels of the latents that it has in the end come from the decoder, the others are the image's."""
+    pipe = make_pipeline(vae=tiny_vae(), in_channels=4)
+    image, other = pictures(0, size=16), square(1, 2, side=3)[None]
+    callback = after(0, mask=other)
+    arguments = {"class_labels": 0, "generator": generators(0), "callback_on_step_end": callback}
+    result = paint(pipe, image, square(5, 5, side=5, size=16), **arguments)
+    painted = other.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).expand(1, 3, 16, 16) > 0
+    assert torch.equal(result[~painted], image[~painted])
+    assert (result != image)[painted].float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "trained, changed, message",
+    [
+        (False, {"mask": torch.ones(2, 1, 8, 8)}, r"`mask` from .* must have shape \(1, 1, 8, 8\), as given, but has"),
+        (
+            True,
+            {"masked_image_latents": torch.ones(1, 4, 8, 8)},
+            r"`masked_image_latents` from .* shape \(1, 3, 8, 8\)",
+        ),
+        (False, {"masked_image_latents": torch.ones(1, 3, 8, 8)}, "returned 'masked_image_latents', but only"),
+        (False, {"latents": torch.ones(1, 3, 4, 8)}, r"`latents` from .* must have shape \(1, 3, 8, 8\)"),
+    ],
+)
+def test_wrong_tensors_of_a_callback(trained, changed, message):
+    pipe = make_pipeline(trained=trained)
+    with pytest.raises(ValueError, match=message):
+        paint(pipe, pictures(0), square(), class_labels=0, callback_on_step_end=after(0, **changed))
+
+
+def test_mask_of_a_crop_cannot_be_changed():
+    image, mask = PIL.Image.new("RGB", (16, 16)), PIL.Image.new("L", (16, 16))
+    mask.paste(255, (2, 2, 5, 5))
+    arguments = {"class_labels": 0, "padding_mask_crop": 1, "output_type": "pil", "height": 8, "width": 8}
+    with pytest.raises(ValueError, match="`callback_on_step_end` changed `mask`, but with `padding_mask_crop`"):
+        callback = after(0, mask=torch.ones(1, 1, 8, 8))
+        paint(make_pipeline(), image, mask, callback_on_step_end=callback, **arguments)
 
 
 # What is kept
@@ -641,7 +774,7 @@ PIL_SQUARE.paste(255, (2, 2, 5, 5))
         ),
         (
             {"image": pictures(0, 1), "class_labels": [0, 1, 2]},
-            "as many labels and prompts as images, or one of either, but",
+            "as many of each, or one for all, but there are: `image` 2, `class_labels` 3",
         ),
         (
             {"image": pictures(0, size=9), "mask_image": square(size=9)},
@@ -667,6 +800,14 @@ PIL_SQUARE.paste(255, (2, 2, 5, 5))
             {"image": PIL_IMAGE, "mask_image": PIL_MASK, "padding_mask_crop": -1, "output_type": "pil"},
             "`padding_mask_crop`=-1 must be a margin in pixels",
         ),
+        (
+            {"masked_image_latents": torch.ones(1, 3, 8, 8)},
+            "`masked_image_latents` is what a transformer trained for inpainting is given, but this one is not",
+        ),
+        (
+            {"callback_on_step_end_tensor_inputs": ["masked_image_latents"]},
+            "`masked_image_latents` is what .* Leave it",
+        ),
         ({"jump_length": 0}, "`jump_length`=0 must be a whole number, at least 1"),
         ({"jump_n_sample": 1.5}, "`jump_n_sample`=1.5 must be a whole number, at least 1"),
         ({"prompt": "red"}, r"`prompt` or one of its kind was given, but the transformer has no text conditioning"),
@@ -677,6 +818,15 @@ def test_bad_input(arguments, message):
     given = {"image": pictures(0), "mask_image": square(), "class_labels": 0, "num_inference_steps": 3}
     with pytest.raises(ValueError, match=message):
         pipe(**{**given, "output_type": "latent", **arguments})
+
+
+def test_masked_image_latents_of_another_shape():
+    pipe, given = make_pipeline(trained=True), {"class_labels": [0, 1, 2]}
+    message = r"`masked_image_latents` must have shape \(batch_size, 3, 8, 8\), but has shape \(1, 3, 8, 4\)"
+    with pytest.raises(ValueError, match=message):
+        paint(pipe, pictures(0), square(), masked_image_latents=torch.ones(1, 3, 8, 4), **given)
+    with pytest.raises(ValueError, match="`image` 1, `masked_image_latents` 2, `class_labels` 3"):
+        paint(pipe, pictures(0), square(), masked_image_latents=torch.ones(2, 3, 8, 8), **given)
 
 
 def test_no_image():

@@ -325,7 +325,7 @@ def test_text_decides_what_is_drawn():
 
 def test_encode_prompt():
     pipe = make_pipeline()
-    embeds, mask, negative, negative_mask = pipe.encode_prompt(PROMPTS, "red", num_images_per_prompt=2)
+    embeds, mask, negative, negative_mask = pipe.encode_prompt(PROMPTS, negative_prompt="red", num_images_per_prompt=2)
     assert embeds.shape == (6, 6, 16) and mask.dtype == torch.bool
     assert mask.sum(dim=1).tolist() == [6, 6, 3, 3, 5, 5]
     for row, prompt in enumerate(PROMPTS):
@@ -335,14 +335,14 @@ def test_encode_prompt():
     assert negative.shape == (6, 3, 16) and negative_mask is None  # nothing is masked
     assert_close(negative, encode(pipe, "red").expand(6, -1, -1))
     assert pipe.encode_prompt("red")[1:] == (None, None, None)
-    assert pipe.encode_prompt("red", "blue", do_classifier_free_guidance=False)[2:] == (None, None)
+    assert pipe.encode_prompt("red", False, "blue")[2:] == (None, None)
 
 
 def test_given_embeds_are_the_prompt():
     pipe = make_pipeline()
     arguments = {"guidance_scale": 2.0, "num_images_per_prompt": 2}
     expected = draw(pipe, PROMPTS, "red", generator=generators(*range(6)), **arguments)
-    embeds, mask, negative, _ = pipe.encode_prompt(PROMPTS, "red")
+    embeds, mask, negative, _ = pipe.encode_prompt(PROMPTS, negative_prompt="red")
     texts = {"prompt_embeds": embeds, "prompt_attention_mask": mask.long(), "negative_prompt_embeds": negative[:1]}
     pipe = DynaDiTTextToImagePipeline.from_pipe(pipe, text_encoder=None, tokenizer=None)
     quiet(pipe)

@@ -525,7 +525,7 @@ def test_no_seams(pipe_of_waves):
         ({"tile_batch_size": 0}, "`tile_batch_size`=0 must be a whole number, at least 1"),
         (
             {"image": pictures(0, 1), "class_labels": [0, 1, 2]},
-            "as many labels and prompts as images, or one of either",
+            "as many of each, or one for all, but there are: `image` 2, `class_labels` 3",
         ),
         ({"prompt": "red"}, "`prompt` or one of its kind was given, but the transformer has no text conditioning"),
     ],
