@@ -84,7 +84,6 @@ OPENMOJI = {
     "script": "train_text_to_image",
     "resolution": 32,
     "max_sequence_length": 24,
-    "train_batch_size": 16,
     "time_shift": 2,
 }
 FASHION_MNIST = {**TRAINING, "script": "train_dyna_dit", "dataset": "fashion-mnist"}
@@ -93,20 +92,19 @@ TRAINED = {
     "text_to_image_first": {
         **OPENMOJI,
         **SHAPE,
-        "learning_rate": 1.5e-3,
+        "attention_head_dim": 24,
+        "static": True,
+        "learning_rate": 1.2e-3,
         "lr_scheduler": "cosine",
         "max_train_steps": 5000,
-        "budget_warmup_steps": 3000,
-        "budget_decay_steps": 1000,
     },
-    # The routers of the first part are behind the budget when its learning rate is at its end.
     "text_to_image": {
         **OPENMOJI,
-        "learning_rate": 3e-4,
-        "router_learning_rate": 3e-2,
-        "max_train_steps": 1000,
-        "budget_warmup_steps": 0,
-        "budget_decay_steps": 1,
+        "sort_by_importance": True,
+        "learning_rate": 5e-4,
+        "max_train_steps": 1200,
+        "budget_warmup_steps": 100,
+        "budget_decay_steps": 400,
     },
     "upscale": {
         **FASHION_MNIST,
