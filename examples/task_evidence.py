@@ -71,14 +71,13 @@ TRAINING = {
     "time_sampling": "stratified",
     "ema_decay": 0.999,
     "mixed_precision": "bf16",
-    "budget": 0.7,
-    "router_learning_rate": 1e-2,
     "checkpointing_steps": 500,
     "checkpoints_total_limit": 1,
     "validation_steps": 1000,
     "num_validation_images": 0,
     "report_to": "none",
 }
+BUDGET = {"budget": 0.7, "router_learning_rate": 1e-2}
 OPENMOJI = {
     **TRAINING,
     "script": "train_text_to_image",
@@ -100,6 +99,7 @@ TRAINED = {
     },
     "text_to_image": {
         **OPENMOJI,
+        **BUDGET,
         "sort_by_importance": True,
         "learning_rate": 5e-4,
         "max_train_steps": 1200,
@@ -109,6 +109,7 @@ TRAINED = {
     "upscale": {
         **FASHION_MNIST,
         **SHAPE,
+        **BUDGET,
         "task": "upscale",
         "upscale_factor": 2,
         "max_noise_level": 200,
@@ -121,6 +122,7 @@ TRAINED = {
     },
     "inpaint": {
         **FASHION_MNIST,
+        **BUDGET,
         "task": "inpaint",
         "resolution": 32,
         "sort_by_importance": True,
