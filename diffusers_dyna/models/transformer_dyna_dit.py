@@ -86,73 +86,6 @@ def round_to_nearest(input_size: int, width_mult: float, num_heads: int, min_val
     return max(int(round(num_heads * width_mult) * input_size / num_heads), min_value)
 
 
-@torch.compiler.assume_constant_result
-def _has_onednn(dtype: torch.dtype) -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
-
-
-def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, where nothing but the value is asked for."""
-    return (
-        input.device.type == "cpu"
-        and input.dtype == weight.dtype
-        and not _is_transformed()
-        and type(input) is torch.Tensor
-        and type(weight) in (torch.Tensor, nn.Parameter)
-        and input.numel() > 0
-        and weight.shape[0] > 1  # a product with one row of weights takes it twice the time
-        and _has_onednn(weight.dtype)
-    )
-
-
-def _is_transformed() -> bool:
-    """Whether gradients, autocast, `torch.func` or forward-mode differentiation ask for more, which oneDNN's lacks."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _onednn_linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool
-) -> torch.Tensor:
-    gelu = ("gelu", [], "tanh") if with_gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, *gelu)
-
-
-# As an operator of its own for compiled graphs: inductor takes oneDNN's only with constant weights.
-if not hasattr(torch.ops.diffusers_dyna, "linear"):  # this file may be loaded twice, also as a copy from the Hub
-    torch.library.custom_op("diffusers_dyna::linear", _onednn_linear, mutates_args=()).register_fake(
-        lambda input, weight, bias, with_gelu: input.new_empty((*input.shape[:-1], weight.shape[0]))
-    )
-
-
-def _linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool = False
-) -> torch.Tensor:
-    """
-    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN, with GELU fused: the static model
-    is twice as fast in float32 on an AMD processor with AVX-512 (`python examples/benchmark.py --only static`).
-    """
-    if _can_use_onednn(input, weight):
-        is_compiling = torch.compiler.is_compiling()
-        linear = torch.ops.diffusers_dyna.linear if is_compiling else _onednn_linear
-        return linear(input, _without_gaps(weight), bias, with_gelu)
-    output = F.linear(input, weight, bias)
-    return F.gelu(output, approximate="tanh") if with_gelu else output
-
-
-def _without_gaps(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix by rows or by columns. With gaps between them, oneDNN would take its reference implementation."""
-    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
-
-
 class DynaDenseLinear(nn.Linear):
     """A Linear that takes the faster of torch's products."""
 
@@ -304,126 +237,6 @@ class DynaKVLinear(DynaLinear):
 
     def __init__(self, in_features: int, dim: int, num_heads: int, bias: bool = True):
         super().__init__(in_features, 2 * dim, num_heads, bias, dyna_dim=(False, True))
-
-
-def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
-    # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
-    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 != group] + [len(groups)]
-    runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
-
-
-@dataclass
-class _Slots:
-    """
-    Memory for the groups of one layer, one after the other, rows or columns alike. A set of groups lies in the first of
-    them; `cut`, its weight and bias, are views.
-    """
-
-    weight: torch.Tensor  # (slots, channels of all stacked matrices, width of the other side)
-    bias: torch.Tensor | None
-    cut: tuple[torch.Tensor, torch.Tensor | None] = (None, None)
-    groups: tuple[int, ...] = ()
-    state: tuple = ()
-    sources: tuple = ()  # held, so that nothing else comes to lie at their addresses
-
-
-class _CutWeights:
-    """
-    The cut weights of a prepared trajectory: for each layer the set of groups that it ran with last. To go on to another
-    set, only the groups are copied that were not at their place.
-    """
-
-    def __init__(self, max_bytes: int, num_bytes: int = 0):
-        self.max_bytes, self.num_bytes = max_bytes, num_bytes
-        self.num_slots = {}  # by layer; what is not in here is cut in each call
-        self.slots = {}
-
-    def admit(self, num_slots: dict[DynaLinear, int]) -> None:
-        """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
-        num_bytes = self.num_bytes
-        for layer, count in num_slots.items():
-            sources = (layer.weight, layer.bias) if layer.dyna_dim[1] else (layer.weight,)
-            size = _num_bytes(sources) * count // layer.num_heads
-            if num_bytes + size <= self.max_bytes:
-                self.num_slots[layer] = count
-                num_bytes += size
-
-    def get(
-        self, layer: DynaLinear, groups, low_rank, with_full: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `DynaLinear._cut`; what an earlier call got is no longer valid."""
-        is_full = len(groups) == layer.num_heads and not with_full
-        if is_full or len(groups) > self.num_slots.get(layer, 0) or _is_captured(layer.weight):
-            return layer._cut(groups, low_rank, with_full)
-        sources = (layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2]))
-        state = (_signature(sources), layer._merged_adapters, *(scale for *_, scale in low_rank))
-        slots = self.slots.get(layer)
-        if slots is None or slots.state != state:
-            # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
-            # Nor does a weight made in inference mode tell when it is written to.
-            if _has_hooks(layer) or any(source is not None and source.is_inference() for source in sources):
-                return layer._cut(groups, low_rank, with_full)
-            slots = self._allocate(layer, slots)
-            slots.state = state
-            slots.sources = tuple(source.detach() for source in sources if source is not None)
-        if slots.groups != groups:
-            self._fill(slots, layer, groups, low_rank)
-        return slots.cut
-
-    def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
-        """Memory for a layer, or what it has, emptied."""
-        num_slots, is_row = self.num_slots[layer], layer.dyna_dim[1]
-        width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
-        if slots is not None and (slots.weight.dtype, slots.weight.device) == (
-            layer.weight.dtype,
-            layer.weight.device,
-        ):
-            slots.groups = ()
-            return slots
-        if slots is not None:
-            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
-            del self.slots[layer], slots
-        with torch.inference_mode(False):  # else nothing could be written there outside of it
-            weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
-            bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
-        self.slots[layer] = _Slots(weight, bias)
-        self.num_bytes += _num_bytes((weight, bias))
-        return self.slots[layer]
-
-    def _fill(self, slots: _Slots, layer: DynaLinear, groups, low_rank) -> None:
-        is_row, bias = layer.dyna_dim[1], layer.bias
-        old, slots.groups = slots.groups, ()  # until all of it is there: an error may end the loop
-        for place, group in enumerate(groups):
-            if place < len(old) and old[place] == group:
-                continue
-            weight, group_bias = layer._cut((group,), low_rank)
-            slots.weight[place].copy_(weight if is_row else weight.t())
-            if slots.bias is not None:
-                slots.bias[place].copy_(group_bias)
-        weight = slots.weight[: len(groups)].flatten(0, 1)
-        if is_row and bias is not None:
-            bias = slots.bias[: len(groups)].flatten()
-        slots.cut = (weight if is_row else weight.t(), bias)
-        slots.groups = groups
-
-
-def _is_captured(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, which would read what other calls put into the same memory."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _num_bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _signature(tensors) -> tuple:
-    """Changes when a tensor is replaced, cast, moved, or written in place (not through `.data`)."""
-    return tuple(
-        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
-        for tensor in tensors
-        if tensor is not None
-    )
 
 
 class DynaFloat32Linear(nn.Linear):
@@ -767,56 +580,6 @@ class DynaMLP(nn.Module):
         return _run_linear(self.fc2, hidden_states, active_groups)
 
 
-def _run_linear(
-    layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None, with_gelu: bool = False
-) -> torch.Tensor:
-    """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
-    if isinstance(layer, DynaLinear):
-        return layer(hidden_states, groups, with_gelu=with_gelu)
-    if groups == COMPILED:
-        return layer.base_layer(hidden_states, groups, with_gelu=with_gelu)
-    if groups is not None and len(groups) < layer.base_layer.num_heads:
-        return layer.base_layer(hidden_states, groups, _low_rank_factors(layer), with_gelu)
-    hidden_states = layer(hidden_states)
-    return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
-
-
-def _base_layer(layer: nn.Module) -> nn.Module:
-    """The [`DynaLinear`] itself, under whatever adapter."""
-    return layer if isinstance(layer, DynaLinear) else layer.base_layer
-
-
-def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
-    """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
-    if not isinstance(getattr(layer, "base_layer", None), DynaLinear):
-        return None
-    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # AdaLoRA has parameters there
-        return None
-    if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as the layer's own forward does
-    layer.base_layer._merged_adapters = tuple(layer.merged_adapters)
-    if layer.merged or layer.disable_adapters:
-        return []
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
-    if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
-        return None
-    # Dropout acts on the input of the adapter, which a weight cannot hold.
-    if layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in active):
-        return None
-    if any(_has_hooks(factors[name]) for name in active for factors in (layer.lora_A, layer.lora_B)):
-        return None
-    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
-
-
-def _can_cut(layer: nn.Module) -> bool:
-    if not isinstance(layer, DynaLinear):
-        if _low_rank_factors(layer) is None:
-            return False
-        layer = layer.base_layer
-    return type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
-
-
 class DynaTokenSelection(nn.Module):
     """
     The score of each token for the MLP: Linear to a sixteenth of the width, ReLU, Linear, in float32.
@@ -835,11 +598,6 @@ class DynaTokenSelection(nn.Module):
         return self.linear_2(F.relu(self.linear_1(hidden_states))).squeeze(-1)  # (B, N)
 
 
-def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-    """The value of `hard` with the gradient of `soft`."""
-    return hard + (soft - soft.detach()) if soft.requires_grad else hard
-
-
 def _threshold_gates(logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """DyDiT's gates: sigmoid(logit) > 0.5; in training a hard Gumbel-sigmoid with straight-through gradient."""
     if noise is not None:
@@ -852,11 +610,6 @@ def _capacity_gates(logits: torch.Tensor) -> torch.Tensor:
     probability = torch.sigmoid(logits / GATE_TEMPERATURE)
     count = probability.sum(dim=-1, keepdim=True).round()
     return _straight_through((_ranks(logits) < count).float(), probability)
-
-
-def _ranks(scores: torch.Tensor) -> torch.Tensor:
-    """0 for the highest score of each row; among equals the first comes first."""
-    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
@@ -879,6 +632,16 @@ def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Ten
     return _straight_through(hard, torch.sigmoid((scores - quantile) / spread))
 
 
+def _ranks(scores: torch.Tensor) -> torch.Tensor:
+    """0 for the highest score of each row; among equals the first comes first."""
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """The value of `hard` with the gradient of `soft`."""
+    return hard + (soft - soft.detach()) if soft.requires_grad else hard
+
+
 @dataclass
 class _BlockDecision:
     """
@@ -897,6 +660,16 @@ class _BlockDecision:
         return [round(struct.unpack("f", struct.pack("f", rate * num_tokens))[0]) for rate in self.token_rates]
 
 
+def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor | None, tuple[int, ...]]]:
+    """The distinct sets of a batch, each with the indices of its samples; one set for all has the indices `None`."""
+    samples = {}
+    for sample, active in enumerate(sets):
+        samples.setdefault(active, []).append(sample)
+    if len(samples) == 1:
+        return [(None, sets[0])]
+    return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+
+
 @dataclass
 class _Call:
     """What the blocks share in one call of the model."""
@@ -910,25 +683,6 @@ class _Call:
     text: torch.Tensor | None = None  # (B, L, cross_attention_dim)
     text_mask: torch.Tensor | None = None  # (B, 1, 1, L)
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of the text, by layer, all heads
-
-
-@dataclass
-class _Plan:
-    """A prepared trajectory."""
-
-    timesteps: list[float]
-    decisions: list[list[_BlockDecision]]  # by step and layer
-    cut_weights: _CutWeights
-    signature: tuple = ()
-    class_labels: torch.Tensor | None = None
-    label_signature: tuple = ()
-    label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
-    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
-    noise_level: float | None = None
-    step: int | None = None
-    text: tuple = ()  # states and dropout mask that keys and values were made of
-    text_signature: tuple = ()
-    keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
 
 class DynaDiTBlock(nn.Module):
@@ -1010,21 +764,14 @@ class DynaDiTBlock(nn.Module):
             return self._call_traced(forward_traced, hidden_states, modulation, call)
         return self._forward_skipping(hidden_states, modulation, call)
 
-    def compile(self, *args, **kwargs) -> None:
-        """
-        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that a few of them
-        serve every decision.
+    @property
+    def has_text(self) -> bool:
+        """Whether the block attends to a text."""
+        return self.cross_attn is not None
 
-        Args:
-            args (`tuple`): of `torch.compile`.
-            kwargs (`dict`): of `torch.compile`.
-        """
-        self._compiled = tuple(
-            torch.compile(function, *args, **kwargs) for function in (self._forward_dense, self._forward_traced)
-        )
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_compiled": None}
+    def group_routers(self) -> list[DynaFloat32Linear]:
+        """The routers of the heads, of the channel groups and, with a text, of the heads that attend to it."""
+        return [self.attn_rate, self.mlp_rate, *([self.cross_attn_rate] if self.has_text else [])]
 
     def _forward_dense(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, conditioning: torch.Tensor, call: _Call
@@ -1057,46 +804,6 @@ class DynaDiTBlock(nn.Module):
             num_off = self.num_groups - call.num_active
             self.masks = (*(F.pad(mask, (0, num_off)) for mask in masks[: 2 + self.has_text]), token_mask, token_rate)
         return hidden_states
-
-    @property
-    def has_text(self) -> bool:
-        """Whether the block attends to a text."""
-        return self.cross_attn is not None
-
-    def _attend_to_text(
-        self,
-        hidden_states: torch.Tensor,
-        call: _Call,
-        active_heads: tuple[int, ...] | None,
-        head_mask: torch.Tensor | None = None,
-        rows: torch.Tensor | slice = slice(None),
-    ) -> torch.Tensor:
-        """What cross-attention adds to some samples of the batch."""
-        text_mask = None if call.text_mask is None else call.text_mask[rows]
-        text = {"encoder_hidden_states": None if call.text is None else call.text[rows]}
-        if call.keys_values is not None:
-            text = {"key_value": self._keys_and_values(call, active_heads, rows)}
-        return self.cross_attn(
-            self.norm_cross(hidden_states), head_mask, active_heads, attention_mask=text_mask, **text
-        )
-
-    def _keys_and_values(self, call: _Call, active_heads, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the text, for the active heads: prepared ones, or new ones."""
-        if call.keys_values is None:
-            return self.cross_attn.keys_and_values(call.text[rows], active_heads)
-        key, value = (states[rows] for states in call.keys_values[self.layer_idx])
-        if active_heads is None or len(active_heads) == self.num_groups:
-            return key, value
-        return _take(key, active_heads, dim=2), _take(value, active_heads, dim=2)
-
-    def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
-        return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
-
-    def group_routers(self) -> list[DynaFloat32Linear]:
-        """The routers of the heads, of the channel groups and, with a text, of the heads that attend to it."""
-        return [self.attn_rate, self.mlp_rate, *([self.cross_attn_rate] if self.has_text else [])]
 
     def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, ...]:
         """Masks of what [`group_routers`] choose, (B, groups) each, at full width. Without a call: as in inference."""
@@ -1135,6 +842,37 @@ class DynaDiTBlock(nn.Module):
         noise = call.gate_noise.index_select(1, self.layer_index)[:, 0]
         return noise[:, first : first + logits.shape[1]].to(logits)
 
+    def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
+        return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
+
+    def _attend_to_text(
+        self,
+        hidden_states: torch.Tensor,
+        call: _Call,
+        active_heads: tuple[int, ...] | None,
+        head_mask: torch.Tensor | None = None,
+        rows: torch.Tensor | slice = slice(None),
+    ) -> torch.Tensor:
+        """What cross-attention adds to some samples of the batch."""
+        text_mask = None if call.text_mask is None else call.text_mask[rows]
+        text = {"encoder_hidden_states": None if call.text is None else call.text[rows]}
+        if call.keys_values is not None:
+            text = {"key_value": self._keys_and_values(call, active_heads, rows)}
+        return self.cross_attn(
+            self.norm_cross(hidden_states), head_mask, active_heads, attention_mask=text_mask, **text
+        )
+
+    def _keys_and_values(self, call: _Call, active_heads, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the text, for the active heads: prepared ones, or new ones."""
+        if call.keys_values is None:
+            return self.cross_attn.keys_and_values(call.text[rows], active_heads)
+        key, value = (states[rows] for states in call.keys_values[self.layer_idx])
+        if active_heads is None or len(active_heads) == self.num_groups:
+            return key, value
+        return _take(key, active_heads, dim=2), _take(value, active_heads, dim=2)
+
     def _forward_skipping(self, hidden_states: torch.Tensor, modulation: torch.Tensor, call: _Call) -> torch.Tensor:
         """The same as the masked form in evaluation mode, computing only what is on, in few passes over memory."""
         decision = call.decisions[self.layer_idx]
@@ -1171,6 +909,59 @@ class DynaDiTBlock(nn.Module):
             self._keep_masks(decision, hidden_states, selected if count is None else selected[:, :count])
         return hidden_states
 
+    def _select_tokens(
+        self, hidden_states: torch.Tensor, decision: _BlockDecision
+    ) -> tuple[torch.Tensor | None, int | None]:
+        """
+        The tokens that take the MLP: `None` is all; where the counts are known and the same for every image their
+        indices, (B, count or more), and the count; else a boolean mask, (B, N).
+        """
+        batch_size, num_tokens, _ = hidden_states.shape
+        if decision.token_rates is None:
+            return self.token_selection(hidden_states) > 0, None
+        counts = decision.token_counts(num_tokens)
+        if min(counts) == num_tokens:
+            return None, None
+        scores = self.token_selection(hidden_states)
+        if len(set(counts)) > 1:
+            return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None], None
+        ranked = scores.argsort(dim=1, descending=True, stable=True)
+        return ranked[:, : _fill_up(counts[0], batch_size, scores.device)], counts[0]
+
+    def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, count, groups) -> None:
+        """Adds the gated output of the MLP to the selected tokens, in place; `modulation` is (B, 3, 1, D)."""
+        batch_size, num_tokens, dim = hidden_states.shape
+        shift, scale, gate = modulation.unbind(1)
+        if selected is None:
+            mlp_input = torch.addcmul(shift, self.norm2(hidden_states), scale)
+            hidden_states.addcmul_(gate, self.mlp(mlp_input, active_groups=groups))
+            return
+
+        all_tokens = hidden_states.view(batch_size * num_tokens, dim)
+        if count is not None:
+            indices = (selected + torch.arange(batch_size, device=selected.device)[:, None] * num_tokens).flatten()
+            tokens = all_tokens.index_select(0, indices).unflatten(0, selected.shape)
+            mlp_output = self.mlp(torch.addcmul(shift, self.norm2(tokens), scale), active_groups=groups)
+            tokens[:, :count].addcmul_(gate, mlp_output[:, :count])
+            all_tokens.index_copy_(0, indices, tokens.flatten(0, 1))
+            return
+
+        counts = selected.sum(dim=1).tolist()  # of the images, whose tokens follow each other
+        indices = selected.flatten().nonzero().squeeze(1)
+        total = len(indices)
+        if total == 0:
+            return
+        indices = F.pad(indices, (0, _fill_up(total, 1, indices.device) - total))
+        tokens = all_tokens.index_select(0, indices)
+        mlp_input = self.norm2(tokens)
+        for image, part in enumerate(mlp_input[:total].split(counts)):
+            part.mul_(scale[image]).add_(shift[image])
+        mlp_output = self.mlp(mlp_input, active_groups=groups)[:total]
+        tokens = tokens[:total]
+        for image, (part, update) in enumerate(zip(tokens.split(counts), mlp_output.split(counts), strict=True)):
+            part.addcmul_(gate[image], update)
+        all_tokens.index_copy_(0, indices[:total], tokens)
+
     def _keep_masks(
         self, decision: _BlockDecision, hidden_states: torch.Tensor, selected: torch.Tensor | None
     ) -> None:
@@ -1181,6 +972,42 @@ class DynaDiTBlock(nn.Module):
             token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
         parts = (decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else []))
         self.masks = (*(self._mask_of(part, token_mask) for part in parts), token_mask, token_mask.mean(dim=1))
+
+    def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
+        mask = like.new_zeros(len(like), self.num_groups)
+        for rows, groups in partition:
+            groups = tuple(range(self.num_groups)) if groups is None else groups
+            row = like.new_zeros(self.num_groups).index_fill(0, torch.tensor(groups, device=like.device), 1.0)
+            if rows is None:
+                mask[:] = row
+            else:
+                mask[rows] = row
+        return mask
+
+    # Compiled blocks
+
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that a few of them
+        serve every decision.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self._compiled = tuple(
+            torch.compile(function, *args, **kwargs) for function in (self._forward_dense, self._forward_traced)
+        )
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_compiled": None}
+
+    def _cut_layers(self) -> tuple[nn.Module, ...]:
+        """Each a [`DynaLinear`], or what an adapter or a quantiser has put in its place."""
+        layers = (self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2)
+        if not self.has_text:
+            return layers
+        return (*layers, self.cross_attn.to_q, self.cross_attn.to_out[0], self.cross_attn.to_kv)
 
     def _can_trace(self, decision: _BlockDecision, num_tokens: int) -> bool:
         """
@@ -1194,13 +1021,6 @@ class DynaDiTBlock(nn.Module):
         if min(*(len(active) for ((_, active),) in partitions), *counts) < 2:
             return False
         return not any(_has_hooks(layer) or _has_hooks(_base_layer(layer)) for layer in self._cut_layers())
-
-    def _cut_layers(self) -> tuple[nn.Module, ...]:
-        """Each a [`DynaLinear`], or what an adapter or a quantiser has put in its place."""
-        layers = (self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2)
-        if not self.has_text:
-            return layers
-        return (*layers, self.cross_attn.to_q, self.cross_attn.to_out[0], self.cross_attn.to_kv)
 
     def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
         """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
@@ -1271,70 +1091,6 @@ class DynaDiTBlock(nn.Module):
             tokens = torch.where(is_kept, tokens, before)
             tokens = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1)).view_as(hidden_states)
         return tokens, selected
-
-    def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, count, groups) -> None:
-        """Adds the gated output of the MLP to the selected tokens, in place; `modulation` is (B, 3, 1, D)."""
-        batch_size, num_tokens, dim = hidden_states.shape
-        shift, scale, gate = modulation.unbind(1)
-        if selected is None:
-            mlp_input = torch.addcmul(shift, self.norm2(hidden_states), scale)
-            hidden_states.addcmul_(gate, self.mlp(mlp_input, active_groups=groups))
-            return
-
-        all_tokens = hidden_states.view(batch_size * num_tokens, dim)
-        if count is not None:
-            indices = (selected + torch.arange(batch_size, device=selected.device)[:, None] * num_tokens).flatten()
-            tokens = all_tokens.index_select(0, indices).unflatten(0, selected.shape)
-            mlp_output = self.mlp(torch.addcmul(shift, self.norm2(tokens), scale), active_groups=groups)
-            tokens[:, :count].addcmul_(gate, mlp_output[:, :count])
-            all_tokens.index_copy_(0, indices, tokens.flatten(0, 1))
-            return
-
-        counts = selected.sum(dim=1).tolist()  # of the images, whose tokens follow each other
-        indices = selected.flatten().nonzero().squeeze(1)
-        total = len(indices)
-        if total == 0:
-            return
-        indices = F.pad(indices, (0, _fill_up(total, 1, indices.device) - total))
-        tokens = all_tokens.index_select(0, indices)
-        mlp_input = self.norm2(tokens)
-        for image, part in enumerate(mlp_input[:total].split(counts)):
-            part.mul_(scale[image]).add_(shift[image])
-        mlp_output = self.mlp(mlp_input, active_groups=groups)[:total]
-        tokens = tokens[:total]
-        for image, (part, update) in enumerate(zip(tokens.split(counts), mlp_output.split(counts), strict=True)):
-            part.addcmul_(gate[image], update)
-        all_tokens.index_copy_(0, indices[:total], tokens)
-
-    def _select_tokens(
-        self, hidden_states: torch.Tensor, decision: _BlockDecision
-    ) -> tuple[torch.Tensor | None, int | None]:
-        """
-        The tokens that take the MLP: `None` is all; where the counts are known and the same for every image their
-        indices, (B, count or more), and the count; else a boolean mask, (B, N).
-        """
-        batch_size, num_tokens, _ = hidden_states.shape
-        if decision.token_rates is None:
-            return self.token_selection(hidden_states) > 0, None
-        counts = decision.token_counts(num_tokens)
-        if min(counts) == num_tokens:
-            return None, None
-        scores = self.token_selection(hidden_states)
-        if len(set(counts)) > 1:
-            return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None], None
-        ranked = scores.argsort(dim=1, descending=True, stable=True)
-        return ranked[:, : _fill_up(counts[0], batch_size, scores.device)], counts[0]
-
-    def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
-        mask = like.new_zeros(len(like), self.num_groups)
-        for rows, groups in partition:
-            groups = tuple(range(self.num_groups)) if groups is None else groups
-            row = like.new_zeros(self.num_groups).index_fill(0, torch.tensor(groups, device=like.device), 1.0)
-            if rows is None:
-                mask[:] = row
-            else:
-                mask[rows] = row
-        return mask
 
 
 TransformerBlockRegistry.register(DynaDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
@@ -1438,6 +1194,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _router_modules = ["attn_rate", "mlp_rate", "cross_attn_rate", "token_rate", "token_selection"]
     _keep_in_fp32_modules = ["time_embedding", "class_embedding", "noise_level_embedding", *_router_modules]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", *_keep_in_fp32_modules]
+
+    _CANNOT_CUT = (
+        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
+        "plain LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
+    )
 
     @register_to_config
     def __init__(
@@ -1623,6 +1384,19 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """Whether the model has a learned null caption, for guidance by text."""
         return self.null_caption is not None
 
+    @property
+    def width_mult(self) -> float:
+        """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
+        return self._width_mult
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that decide what is computed, by name; everything else is the complete model's."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if any(module in name.split(".") for module in self._router_modules)
+        }
+
     def gate_noise_size(self, num_tokens: int) -> int:
         """
         Args:
@@ -1633,41 +1407,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         num_routers = 2 if self.config.cross_attention_dim is None else 3
         return num_routers * (self.config.num_attention_heads - 1) + num_tokens
-
-    def router_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that decide what is computed, by name; everything else is the complete model's."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if any(module in name.split(".") for module in self._router_modules)
-        }
-
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """
-        As in [`~diffusers.ModelMixin`]. What was prepared is dropped: compiled blocks hold their weights in another way.
-
-        Args:
-            args (`tuple`): of `torch.compile`.
-            kwargs (`dict`): of `torch.compile`.
-        """
-        self.clear_plan()
-        super().compile_repeated_blocks(*args, **kwargs)
-
-    def compile(self, *args, **kwargs) -> None:
-        """
-        Compiles block by block, as `compile_repeated_blocks` does: what a call leaves out is decided on the host, between
-        graphs. `torch.compile(model)`, one graph for everything, computes all of it and masks.
-
-        Args:
-            args (`tuple`): of `torch.compile`.
-            kwargs (`dict`): of `torch.compile`.
-        """
-        self.compile_repeated_blocks(*args, **kwargs)
-
-    @property
-    def width_mult(self) -> float:
-        """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
-        return self._width_mult
 
     def set_width(self, width_mult: float) -> None:
         """
@@ -1729,10 +1468,27 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             for layer, processor in zip(layers, processors, strict=True):
                 layer.set_processor(processor)
 
-    _CANNOT_CUT = (
-        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
-        "plain LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
-    )
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compiles block by block, as `compile_repeated_blocks` does: what a call leaves out is decided on the host, between
+        graphs. `torch.compile(model)`, one graph for everything, computes all of it and masks.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self.compile_repeated_blocks(*args, **kwargs)
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        As in [`~diffusers.ModelMixin`]. What was prepared is dropped: compiled blocks hold their weights in another way.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self.clear_plan()
+        super().compile_repeated_blocks(*args, **kwargs)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -1895,6 +1651,242 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         output.sample = sample
         return output
 
+    def _embed(
+        self, timestep: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The time embedding, for the routers, and its sum with those of class and noise level; float32, (B, D) each."""
+        temb = self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
+        embedding = temb
+        if labels is not None:
+            embedding = embedding + self.class_embedding(labels).to(temb)
+        if noise_level is not None:
+            embedding = embedding + self.noise_level_embedding(self.time_proj(noise_level))
+        return temb, embedding
+
+    def _prepare_call(
+        self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise, noise_level
+    ) -> _Call:
+        call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
+        if call.num_active < self.config.num_attention_heads and not self._can_cut():
+            raise ValueError(self._CANNOT_CUT)
+        if complete_model:
+            call.form = "complete"
+        if torch.is_grad_enabled() or self.training:
+            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
+            return call
+        if torch.compiler.is_compiling():
+            return call
+        if any(block._compiled is not None for block in self._blocks) if complete_model else not self._can_cut():
+            return call
+
+        plan, step = self._find_step(timestep)
+        if complete_model:
+            active = None if call.num_active == self.config.num_attention_heads else tuple(range(call.num_active))
+            everything = [(None, active)]
+            cross_heads = None if self.config.cross_attention_dim is None else everything
+            call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
+        else:
+            call.decisions = self._decide(temb) if step is None else plan.decisions[step]
+            # Samples with heads of their own are computed apart, away from their references.
+            if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
+                return call
+        if step is not None:
+            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
+        call.form = "skipping"
+        return call
+
+    def _decide(self, temb: torch.Tensor, one_row_a_step: bool = False) -> list:
+        """The decisions of all blocks, read back from the device at once: by layer, or by row of `temb` and layer."""
+        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
+        rows = []
+        for block in self._blocks:
+            masks = [*block._group_masks(temb)]
+            if block.token_rate is not None:
+                masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
+            rows.append(torch.cat(masks, dim=1))
+        decisions = []
+        num_routers = len(self._blocks[0].group_routers())
+        for layer in torch.stack(rows).tolist():  # (L, B, num_routers * groups (+ 1))
+            sets = [
+                [tuple(i for i in range(num_active) if row[first + i]) for row in layer]
+                for first in range(0, num_routers * num_groups, num_groups)
+            ]
+            rates = [rate for row in layer for rate in row[num_routers * num_groups :]]
+            if one_row_a_step:
+                sets = [_keep_places(of_steps, num_groups) for of_steps in sets]
+                decisions.append(
+                    [
+                        _BlockDecision([(None, heads)], [(None, groups)], rate, *([(None, c)] for c in cross_heads))
+                        for rate, heads, groups, *cross_heads in zip(
+                            [[rate] for rate in rates] or [None] * len(layer), *sets, strict=True
+                        )
+                    ]
+                )
+            else:
+                rates = rates[:1] if len(set(rates)) == 1 else rates
+                heads, groups, *cross_heads = (_partition(of_samples, temb.device) for of_samples in sets)
+                decisions.append(_BlockDecision(heads, groups, rates or None, *cross_heads))
+        return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
+
+    def _can_cut(self) -> bool:
+        return all(_can_cut(layer) for block in self._blocks for layer in block._cut_layers())
+
+    def _num_active_groups(self) -> int:
+        num_heads = self.config.num_attention_heads
+        return round_to_nearest(num_heads, self._width_mult, num_heads)
+
+    def _dynamic_layers(self) -> list[DynaLinear]:
+        return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
+
+    # What a call costs
+
+    def compute_macs(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        masks: DynaDiTTransformer2DModelOutput | None = None,
+        num_text_tokens: int | None = None,
+    ) -> dict[str, float]:
+        """
+        Multiply-accumulates of one sample in one call. `blocks` counts attention and MLPs, the denominator and numerator
+        of `compute_ratio`; `total` counts every matrix product and convolution, the routers of a dynamic call included,
+        and what a prepared trajectory does once (modulations, keys and values of the text) as well.
+
+        Args:
+            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
+            masks ([`DynaDiTTransformer2DModelOutput`], *optional*):
+                Output with masks of a dynamic call, over whose samples the mean is taken; the total is that of the
+                skipping form. `None` is a call with `complete_model=True`, at the current width.
+            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
+
+        Returns:
+            `dict` with `"blocks"` and `"total"`.
+
+        Raises:
+            `ValueError`: where the patch size does not divide the size, the masks are of another size, or the length of
+                the text is missing.
+        """
+        config, num_tokens = self.config, self._num_tokens(sample_size)
+        dim = config.num_attention_heads * config.attention_head_dim
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
+        patch_values = config.patch_size**2 * num_tokens * dim
+        total = patch_values * (config.in_channels + config.condition_channels + self.out_channels)
+        total += 256 * dim + dim**2 + (6 * config.num_layers + 2) * dim**2  # time, modulations
+        total += config.noise_level_conditioning * (256 * dim + dim**2)
+        if cross_macs:
+            text_dim, width = config.cross_attention_dim, config.caption_channels
+            total += num_text_tokens * 2 * dim * text_dim * config.num_layers
+            total += num_text_tokens * (width * text_dim + text_dim**2) if width is not None else 0
+        if masks is None:
+            share = self._num_active_groups() / config.num_attention_heads
+            blocks = config.num_layers * share * (attn_macs + mlp_macs + sum(cross_macs))
+            return {"blocks": blocks, "total": blocks + total}
+
+        if masks.token_masks is None or masks.token_masks.shape[2] != num_tokens:
+            raise ValueError(
+                f"`masks` must be an output of a call with `output_masks=True` at `sample_size`="
+                f"{sample_size or config.sample_size}, which has {num_tokens} tokens."
+            )
+        attn_share = masks.attn_masks.detach().float().mean(dim=2)  # (B, L)
+        mlp_share = masks.mlp_masks.detach().float().mean(dim=2) * masks.token_masks.detach().float().mean(dim=2)
+        spent = attn_macs * attn_share + mlp_macs * mlp_share
+        if cross_macs:
+            spent = spent + cross_macs[0] * masks.cross_attn_masks.detach().float().mean(dim=2)
+        blocks = spent.sum(dim=1).mean().item()
+        routers = len(self._blocks[0].group_routers()) * dim * (config.num_attention_heads - 1)
+        is_capacity = config.router_mode == "capacity"
+        selection = num_tokens * sum(p.numel() for p in self._blocks[0].token_selection.parameters() if p.ndim == 2)
+        # Where the rate keeps all tokens they need no scores.
+        with_scores = (masks.token_masks == 0).any(dim=2).any(dim=0) | (not is_capacity)
+        total += config.num_layers * (routers + is_capacity * dim) + int(with_scores.sum()) * selection
+        return {"blocks": blocks, "total": blocks + total}
+
+    def predict_compute_ratio(
+        self,
+        timesteps: torch.Tensor,
+        sample_size: int | tuple[int, int] | None = None,
+        num_text_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """
+        The compute ratio at given times, which in capacity mode is known before a call and the same for every image.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
+            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
+            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
+
+        Returns:
+            `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
+
+        Raises:
+            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or sizes that do not fit.
+        """
+        if self.config.router_mode != "capacity":
+            raise ValueError(
+                "`router_mode`='threshold' has no compute ratio before a call: its tokens depend on the image. Read it "
+                "off an output with `output_masks=True`."
+            )
+        self._check_timesteps(timesteps)
+        num_tokens = self._num_tokens(sample_size)
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
+        num_active, ratio = self._num_active_groups(), 0.0
+        with torch.no_grad():
+            temb, _ = self._embed(timesteps.float(), None)
+            for block in self._blocks:
+                attn, mlp, *cross = (
+                    mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb)
+                )
+                tokens = (block._keep_rate(temb).clamp(max=1) * num_tokens).round() / num_tokens
+                ratio = ratio + attn_macs * attn + mlp_macs * mlp * tokens
+                for macs, share in zip(cross_macs, cross, strict=True):
+                    ratio = ratio + macs * share
+        return ratio / (len(self._blocks) * (attn_macs + mlp_macs + sum(cross_macs)))
+
+    def _block_macs(self, num_tokens: int, num_text_tokens: int | None) -> tuple[int, ...]:
+        """
+        Multiply-accumulates of one complete block: attention (score products included), MLP and, of a text model,
+        attention to the text without its keys and values, which a trajectory computes once.
+        """
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        attn_macs = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
+        mlp_macs = 2 * num_tokens * dim * round(dim * self.config.mlp_ratio)
+        if self.config.cross_attention_dim is None:
+            return attn_macs, mlp_macs
+        if num_text_tokens is None:
+            raise ValueError(
+                "`num_text_tokens` must be given: what attention to the text costs hangs on the text's length."
+            )
+        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_text_tokens * dim
+
+    def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
+        sample_size = self.config.sample_size if sample_size is None else sample_size
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self._check_size(height, width, "sample_size")
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
+
+    def _collect_masks(self, hidden_states: torch.Tensor, num_text_tokens: int) -> tuple[torch.Tensor, ...]:
+        """
+        Masks of heads, groups and tokens by layer, the compute ratio, and the masks of the heads that attend to the text
+        where there is one. A block that did not run was off.
+        """
+        batch_size, num_tokens = hidden_states.shape[:2]
+        num_groups = self.config.num_attention_heads
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
+        off = hidden_states.new_zeros(batch_size, num_groups + num_tokens, dtype=torch.float32)
+        layers = []
+        for block in self._blocks:
+            num_routers = len(block.group_routers())
+            ran = (*[off[:, :num_groups]] * num_routers, off[:, num_groups:], off[:, 0])
+            if block.masks is not None:
+                ran, block.masks = block.masks, None
+            layers.append(ran)
+        attn, mlp, *cross, tokens, token_rate = (torch.stack(masks, dim=1) for masks in zip(*layers, strict=True))
+        spent = attn_macs * attn.mean(dim=2) + mlp_macs * mlp.mean(dim=2) * token_rate  # (B, L)
+        for macs, masks in zip(cross_macs, cross, strict=True):
+            spent = spent + macs * masks.mean(dim=2)
+        return attn, mlp, tokens, spent.mean(dim=1) / (attn_macs + mlp_macs + sum(cross_macs)), *cross
+
+    # Prepared trajectories
+
     @apply_forward_hook
     @torch.no_grad()
     def prepare_timesteps(
@@ -2010,8 +2002,42 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         for layer in self._dynamic_layers():
             layer._cut_weights = plan.cut_weights
 
-    def _dynamic_layers(self) -> list[DynaLinear]:
-        return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
+    def set_plan_step(self, step: int | None) -> None:
+        """
+        Tells the model which of the prepared timesteps the calls that follow are at, so that it need not read the
+        timestep back from the device.
+
+        Args:
+            step (`int`, *optional*): index into the prepared timesteps. `None` looks the timestep up by its value.
+
+        Raises:
+            `ValueError`: for an index that was not prepared.
+        """
+        if self._plan is None:
+            return
+        if step is not None and not 0 <= step < len(self._plan.timesteps):
+            raise ValueError(f"`step`={step} must be in [0, {len(self._plan.timesteps)}), the prepared timesteps.")
+        self._plan.step = step
+
+    def clear_plan(self) -> None:
+        """Frees what [`prepare_timesteps`] prepared."""
+        if self._plan is None:
+            return
+        self._plan = None
+        for layer in self._dynamic_layers():
+            layer._cut_weights = None
+
+    @property
+    def plan_bytes(self) -> int:
+        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
+        return 0 if self._plan is None else self._plan.cut_weights.num_bytes
+
+    def _apply(self, *args, **kwargs):
+        self.clear_plan()  # `to` and its like give parameters new storage without a trace
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_plan": None}
 
     def _can_prepare_text(self, text: tuple) -> bool:
         """Whether keys and values of the text hang on nothing but what the plan's signatures see."""
@@ -2053,259 +2079,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                     num_slots[layer] = max((n for n in counts if is_cut or n < block.num_groups), default=0)
         return num_slots
 
-    def predict_compute_ratio(
-        self,
-        timesteps: torch.Tensor,
-        sample_size: int | tuple[int, int] | None = None,
-        num_text_tokens: int | None = None,
-    ) -> torch.Tensor:
-        """
-        The compute ratio at given times, which in capacity mode is known before a call and the same for every image.
-
-        Args:
-            timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
-            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
-            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
-
-        Returns:
-            `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
-
-        Raises:
-            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or sizes that do not fit.
-        """
-        if self.config.router_mode != "capacity":
-            raise ValueError(
-                "`router_mode`='threshold' has no compute ratio before a call: its tokens depend on the image. Read it "
-                "off an output with `output_masks=True`."
-            )
-        self._check_timesteps(timesteps)
-        num_tokens = self._num_tokens(sample_size)
-        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
-        num_active, ratio = self._num_active_groups(), 0.0
-        with torch.no_grad():
-            temb, _ = self._embed(timesteps.float(), None)
-            for block in self._blocks:
-                attn, mlp, *cross = (
-                    mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb)
-                )
-                tokens = (block._keep_rate(temb).clamp(max=1) * num_tokens).round() / num_tokens
-                ratio = ratio + attn_macs * attn + mlp_macs * mlp * tokens
-                for macs, share in zip(cross_macs, cross, strict=True):
-                    ratio = ratio + macs * share
-        return ratio / (len(self._blocks) * (attn_macs + mlp_macs + sum(cross_macs)))
-
-    def set_plan_step(self, step: int | None) -> None:
-        """
-        Tells the model which of the prepared timesteps the calls that follow are at, so that it need not read the
-        timestep back from the device.
-
-        Args:
-            step (`int`, *optional*): index into the prepared timesteps. `None` looks the timestep up by its value.
-
-        Raises:
-            `ValueError`: for an index that was not prepared.
-        """
-        if self._plan is None:
-            return
-        if step is not None and not 0 <= step < len(self._plan.timesteps):
-            raise ValueError(f"`step`={step} must be in [0, {len(self._plan.timesteps)}), the prepared timesteps.")
-        self._plan.step = step
-
-    def _apply(self, *args, **kwargs):
-        self.clear_plan()  # `to` and its like give parameters new storage without a trace
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_plan": None}
-
-    def clear_plan(self) -> None:
-        """Frees what [`prepare_timesteps`] prepared."""
-        if self._plan is None:
-            return
-        self._plan = None
-        for layer in self._dynamic_layers():
-            layer._cut_weights = None
-
-    @property
-    def plan_bytes(self) -> int:
-        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
-        return 0 if self._plan is None else self._plan.cut_weights.num_bytes
-
-    def compute_macs(
-        self,
-        sample_size: int | tuple[int, int] | None = None,
-        masks: DynaDiTTransformer2DModelOutput | None = None,
-        num_text_tokens: int | None = None,
-    ) -> dict[str, float]:
-        """
-        Multiply-accumulates of one sample in one call. `blocks` counts attention and MLPs, the denominator and numerator
-        of `compute_ratio`; `total` counts every matrix product and convolution, the routers of a dynamic call included,
-        and what a prepared trajectory does once (modulations, keys and values of the text) as well.
-
-        Args:
-            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
-            masks ([`DynaDiTTransformer2DModelOutput`], *optional*):
-                Output with masks of a dynamic call, over whose samples the mean is taken; the total is that of the
-                skipping form. `None` is a call with `complete_model=True`, at the current width.
-            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
-
-        Returns:
-            `dict` with `"blocks"` and `"total"`.
-
-        Raises:
-            `ValueError`: where the patch size does not divide the size, the masks are of another size, or the length of
-                the text is missing.
-        """
-        config, num_tokens = self.config, self._num_tokens(sample_size)
-        dim = config.num_attention_heads * config.attention_head_dim
-        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
-        patch_values = config.patch_size**2 * num_tokens * dim
-        total = patch_values * (config.in_channels + config.condition_channels + self.out_channels)
-        total += 256 * dim + dim**2 + (6 * config.num_layers + 2) * dim**2  # time, modulations
-        total += config.noise_level_conditioning * (256 * dim + dim**2)
-        if cross_macs:
-            text_dim, width = config.cross_attention_dim, config.caption_channels
-            total += num_text_tokens * 2 * dim * text_dim * config.num_layers
-            total += num_text_tokens * (width * text_dim + text_dim**2) if width is not None else 0
-        if masks is None:
-            share = self._num_active_groups() / config.num_attention_heads
-            blocks = config.num_layers * share * (attn_macs + mlp_macs + sum(cross_macs))
-            return {"blocks": blocks, "total": blocks + total}
-
-        if masks.token_masks is None or masks.token_masks.shape[2] != num_tokens:
-            raise ValueError(
-                f"`masks` must be an output of a call with `output_masks=True` at `sample_size`="
-                f"{sample_size or config.sample_size}, which has {num_tokens} tokens."
-            )
-        attn_share = masks.attn_masks.detach().float().mean(dim=2)  # (B, L)
-        mlp_share = masks.mlp_masks.detach().float().mean(dim=2) * masks.token_masks.detach().float().mean(dim=2)
-        spent = attn_macs * attn_share + mlp_macs * mlp_share
-        if cross_macs:
-            spent = spent + cross_macs[0] * masks.cross_attn_masks.detach().float().mean(dim=2)
-        blocks = spent.sum(dim=1).mean().item()
-        routers = len(self._blocks[0].group_routers()) * dim * (config.num_attention_heads - 1)
-        is_capacity = config.router_mode == "capacity"
-        selection = num_tokens * sum(p.numel() for p in self._blocks[0].token_selection.parameters() if p.ndim == 2)
-        # Where the rate keeps all tokens they need no scores.
-        with_scores = (masks.token_masks == 0).any(dim=2).any(dim=0) | (not is_capacity)
-        total += config.num_layers * (routers + is_capacity * dim) + int(with_scores.sum()) * selection
-        return {"blocks": blocks, "total": blocks + total}
-
-    def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
-        sample_size = self.config.sample_size if sample_size is None else sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self._check_size(height, width, "sample_size")
-        return (height // self.config.patch_size) * (width // self.config.patch_size)
-
-    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
-        if not torch.is_tensor(timesteps) or timesteps.ndim != 1 or len(timesteps) == 0:
-            given = f"shape {tuple(timesteps.shape)}" if torch.is_tensor(timesteps) else type(timesteps).__name__
-            raise ValueError(
-                f"`timesteps` must be a tensor of shape (num_calls,), but it is {given}. Give the times of all calls in "
-                "one tensor."
-            )
-
-    def _block_macs(self, num_tokens: int, num_text_tokens: int | None) -> tuple[int, ...]:
-        """
-        Multiply-accumulates of one complete block: attention (score products included), MLP and, of a text model,
-        attention to the text without its keys and values, which a trajectory computes once.
-        """
-        dim = self.config.num_attention_heads * self.config.attention_head_dim
-        attn_macs = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
-        mlp_macs = 2 * num_tokens * dim * round(dim * self.config.mlp_ratio)
-        if self.config.cross_attention_dim is None:
-            return attn_macs, mlp_macs
-        if num_text_tokens is None:
-            raise ValueError(
-                "`num_text_tokens` must be given: what attention to the text costs hangs on the text's length."
-            )
-        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_text_tokens * dim
-
-    def _embed(
-        self, timestep: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The time embedding, for the routers, and its sum with those of class and noise level; float32, (B, D) each."""
-        temb = self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
-        embedding = temb
-        if labels is not None:
-            embedding = embedding + self.class_embedding(labels).to(temb)
-        if noise_level is not None:
-            embedding = embedding + self.noise_level_embedding(self.time_proj(noise_level))
-        return temb, embedding
-
-    def _num_active_groups(self) -> int:
-        num_heads = self.config.num_attention_heads
-        return round_to_nearest(num_heads, self._width_mult, num_heads)
-
-    def _prepare_call(
-        self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise, noise_level
-    ) -> _Call:
-        call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
-        if call.num_active < self.config.num_attention_heads and not self._can_cut():
-            raise ValueError(self._CANNOT_CUT)
-        if complete_model:
-            call.form = "complete"
-        if torch.is_grad_enabled() or self.training:
-            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
-            return call
-        if torch.compiler.is_compiling():
-            return call
-        if any(block._compiled is not None for block in self._blocks) if complete_model else not self._can_cut():
-            return call
-
-        plan, step = self._find_step(timestep)
-        if complete_model:
-            active = None if call.num_active == self.config.num_attention_heads else tuple(range(call.num_active))
-            everything = [(None, active)]
-            cross_heads = None if self.config.cross_attention_dim is None else everything
-            call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
-        else:
-            call.decisions = self._decide(temb) if step is None else plan.decisions[step]
-            # Samples with heads of their own are computed apart, away from their references.
-            if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
-                return call
-        if step is not None:
-            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
-        call.form = "skipping"
-        return call
-
-    def _can_cut(self) -> bool:
-        return all(_can_cut(layer) for block in self._blocks for layer in block._cut_layers())
-
-    def _decide(self, temb: torch.Tensor, one_row_a_step: bool = False) -> list:
-        """The decisions of all blocks, read back from the device at once: by layer, or by row of `temb` and layer."""
-        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
-        rows = []
-        for block in self._blocks:
-            masks = [*block._group_masks(temb)]
-            if block.token_rate is not None:
-                masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
-            rows.append(torch.cat(masks, dim=1))
-        decisions = []
-        num_routers = len(self._blocks[0].group_routers())
-        for layer in torch.stack(rows).tolist():  # (L, B, num_routers * groups (+ 1))
-            sets = [
-                [tuple(i for i in range(num_active) if row[first + i]) for row in layer]
-                for first in range(0, num_routers * num_groups, num_groups)
-            ]
-            rates = [rate for row in layer for rate in row[num_routers * num_groups :]]
-            if one_row_a_step:
-                sets = [_keep_places(of_steps, num_groups) for of_steps in sets]
-                decisions.append(
-                    [
-                        _BlockDecision([(None, heads)], [(None, groups)], rate, *([(None, c)] for c in cross_heads))
-                        for rate, heads, groups, *cross_heads in zip(
-                            [[rate] for rate in rates] or [None] * len(layer), *sets, strict=True
-                        )
-                    ]
-                )
-            else:
-                rates = rates[:1] if len(set(rates)) == 1 else rates
-                heads, groups, *cross_heads = (_partition(of_samples, temb.device) for of_samples in sets)
-                decisions.append(_BlockDecision(heads, groups, rates or None, *cross_heads))
-        return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
-
-    def _plan_signature(self, plan: _Plan) -> tuple:
+    def _plan_signature(self, plan: "_Plan") -> tuple:
         """Changes with whatever the decisions and, where there are any, modulations and text were computed from."""
         layers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         for block in self._blocks:
@@ -2324,7 +2098,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         modes = tuple(block.router_mode for block in self._blocks)
         return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
 
-    def _find_step(self, timestep: torch.Tensor) -> tuple[_Plan | None, int | None]:
+    def _find_step(self, timestep: torch.Tensor) -> tuple["_Plan | None", int | None]:
         plan = self._plan
         if plan is None:
             return None, None
@@ -2341,7 +2115,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return None, None
 
     def _find_modulations(
-        self, plan: _Plan, step: int, class_labels, labels, batch_size: int, noise_level
+        self, plan: "_Plan", step: int, class_labels, labels, batch_size: int, noise_level
     ) -> list[torch.Tensor] | None:
         if not plan.modulations:
             return None
@@ -2378,34 +2152,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
         return [tuple(states[:batch_size] for states in pair) for pair in plan.keys_values]
 
-    def _collect_masks(self, hidden_states: torch.Tensor, num_text_tokens: int) -> tuple[torch.Tensor, ...]:
-        """
-        Masks of heads, groups and tokens by layer, the compute ratio, and the masks of the heads that attend to the text
-        where there is one. A block that did not run was off.
-        """
-        batch_size, num_tokens = hidden_states.shape[:2]
-        num_groups = self.config.num_attention_heads
-        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
-        off = hidden_states.new_zeros(batch_size, num_groups + num_tokens, dtype=torch.float32)
-        layers = []
-        for block in self._blocks:
-            num_routers = len(block.group_routers())
-            ran = (*[off[:, :num_groups]] * num_routers, off[:, num_groups:], off[:, 0])
-            if block.masks is not None:
-                ran, block.masks = block.masks, None
-            layers.append(ran)
-        attn, mlp, *cross, tokens, token_rate = (torch.stack(masks, dim=1) for masks in zip(*layers, strict=True))
-        spent = attn_macs * attn.mean(dim=2) + mlp_macs * mlp.mean(dim=2) * token_rate  # (B, L)
-        for macs, masks in zip(cross_macs, cross, strict=True):
-            spent = spent + macs * masks.mean(dim=2)
-        return attn, mlp, tokens, spent.mean(dim=1) / (attn_macs + mlp_macs + sum(cross_macs)), *cross
-
-    def _check_size(self, height: int, width: int, name: str) -> None:
-        patch_size = self.config.patch_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"The height and width of `{name}`, {(height, width)}, must be divisible by `patch_size`={patch_size}."
-            )
+    # Checks of what is given
 
     def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None) -> torch.Size:
         num_channels = self.config.in_channels + self.config.condition_channels
@@ -2421,6 +2168,21 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"`attention_kwargs` has the unknown keys {', '.join(map(repr, attention_kwargs))}. Use 'scale' only."
             )
         return hidden_states.shape
+
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        patch_size = self.config.patch_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"The height and width of `{name}`, {(height, width)}, must be divisible by `patch_size`={patch_size}."
+            )
+
+    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
+        if not torch.is_tensor(timesteps) or timesteps.ndim != 1 or len(timesteps) == 0:
+            given = f"shape {tuple(timesteps.shape)}" if torch.is_tensor(timesteps) else type(timesteps).__name__
+            raise ValueError(
+                f"`timesteps` must be a tensor of shape (num_calls,), but it is {given}. Give the times of all calls in "
+                "one tensor."
+            )
 
     def _check_gate_noise(self, gate_noise: torch.Tensor | None, shape: torch.Size) -> None:
         expected = (shape[0], self.config.num_layers, self.gate_noise_size(shape[1]))
@@ -2463,6 +2225,55 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if not bool(((noise_level >= 0) & (noise_level <= 1000)).all()):
                 raise ValueError(f"`noise_level`={noise_level.tolist()} must be in [0, 1000]; 1000 is pure noise.")
         return noise_level.to(device=device, dtype=torch.float32).expand(batch_size)
+
+    def _prepare_class_labels(
+        self,
+        class_labels: torch.Tensor | None,
+        dropout_mask: torch.Tensor | None,
+        batch_size: int,
+        device,
+        may_drop: bool = False,
+    ) -> torch.Tensor | None:
+        null_label = self.null_class_label
+        if dropout_mask is not None:
+            if null_label is None:
+                raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
+            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"`class_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
+                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
+                )
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` were given, but the model is unconditional (`num_classes` is None).")
+            return None
+        if class_labels is None:
+            if null_label is None:
+                raise ValueError(
+                    f"`class_labels` must be given: the model has {self.config.num_classes} classes and no null class "
+                    "(`class_dropout_prob` is 0)."
+                )
+            return torch.full((batch_size,), null_label, device=device)
+        if not torch.is_tensor(class_labels) or class_labels.is_floating_point():
+            kind = class_labels.dtype if torch.is_tensor(class_labels) else type(class_labels).__name__
+            raise TypeError(f"`class_labels` must be a tensor of integers, one label per sample, but it is {kind}.")
+        if class_labels.shape != (batch_size,):
+            raise ValueError(
+                f"`class_labels` must have shape ({batch_size},), one label per sample, but it has shape "
+                f"{tuple(class_labels.shape)}."
+            )
+        # Elsewhere than on CPU this check would wait for the device at every step.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            num_labels = self.class_embedding.num_embeddings
+            wrong = class_labels[(class_labels < 0) | (class_labels >= num_labels)]
+            if wrong.numel():
+                raise ValueError(f"`class_labels` must be in [0, {num_labels}), but they hold {wrong.tolist()}.")
+        class_labels = class_labels.to(device)
+        if dropout_mask is None and may_drop and null_label is not None:
+            dropout_mask = torch.rand(batch_size, device=device) < self.config.class_dropout_prob
+        if dropout_mask is not None:
+            class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
+        return class_labels
 
     def _check_text(
         self,
@@ -2552,54 +2363,75 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             states = self.caption_projection(states)
         return states, text_mask
 
-    def _prepare_class_labels(
-        self,
-        class_labels: torch.Tensor | None,
-        dropout_mask: torch.Tensor | None,
-        batch_size: int,
-        device,
-        may_drop: bool = False,
-    ) -> torch.Tensor | None:
-        null_label = self.null_class_label
-        if dropout_mask is not None:
-            if null_label is None:
-                raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
-            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"`class_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
-                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
-                )
-        if self.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError("`class_labels` were given, but the model is unconditional (`num_classes` is None).")
-            return None
-        if class_labels is None:
-            if null_label is None:
-                raise ValueError(
-                    f"`class_labels` must be given: the model has {self.config.num_classes} classes and no null class "
-                    "(`class_dropout_prob` is 0)."
-                )
-            return torch.full((batch_size,), null_label, device=device)
-        if not torch.is_tensor(class_labels) or class_labels.is_floating_point():
-            kind = class_labels.dtype if torch.is_tensor(class_labels) else type(class_labels).__name__
-            raise TypeError(f"`class_labels` must be a tensor of integers, one label per sample, but it is {kind}.")
-        if class_labels.shape != (batch_size,):
-            raise ValueError(
-                f"`class_labels` must have shape ({batch_size},), one label per sample, but it has shape "
-                f"{tuple(class_labels.shape)}."
-            )
-        # Elsewhere than on CPU this check would wait for the device at every step.
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            num_labels = self.class_embedding.num_embeddings
-            wrong = class_labels[(class_labels < 0) | (class_labels >= num_labels)]
-            if wrong.numel():
-                raise ValueError(f"`class_labels` must be in [0, {num_labels}), but they hold {wrong.tolist()}.")
-        class_labels = class_labels.to(device)
-        if dropout_mask is None and may_drop and null_label is not None:
-            dropout_mask = torch.rand(batch_size, device=device) < self.config.class_dropout_prob
-        if dropout_mask is not None:
-            class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
-        return class_labels
+
+# Speed: the products. Nothing from here on changes what the model computes.
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn(dtype: torch.dtype) -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, where nothing but the value is asked for."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype == weight.dtype
+        and not _is_transformed()
+        and type(input) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and input.numel() > 0
+        and weight.shape[0] > 1  # a product with one row of weights takes it twice the time
+        and _has_onednn(weight.dtype)
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether gradients, autocast, `torch.func` or forward-mode differentiation ask for more, which oneDNN's lacks."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _onednn_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool
+) -> torch.Tensor:
+    gelu = ("gelu", [], "tanh") if with_gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, *gelu)
+
+
+# As an operator of its own for compiled graphs: inductor takes oneDNN's only with constant weights.
+if not hasattr(torch.ops.diffusers_dyna, "linear"):  # this file may be loaded twice, also as a copy from the Hub
+    torch.library.custom_op("diffusers_dyna::linear", _onednn_linear, mutates_args=()).register_fake(
+        lambda input, weight, bias, with_gelu: input.new_empty((*input.shape[:-1], weight.shape[0]))
+    )
+
+
+def _linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool = False
+) -> torch.Tensor:
+    """
+    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN, with GELU fused: the static model
+    is twice as fast in float32 on an AMD processor with AVX-512 (`python examples/benchmark.py --only static`).
+    """
+    if _can_use_onednn(input, weight):
+        is_compiling = torch.compiler.is_compiling()
+        linear = torch.ops.diffusers_dyna.linear if is_compiling else _onednn_linear
+        return linear(input, _without_gaps(weight), bias, with_gelu)
+    output = F.linear(input, weight, bias)
+    return F.gelu(output, approximate="tanh") if with_gelu else output
+
+
+def _without_gaps(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix by rows or by columns. With gaps between them, oneDNN would take its reference implementation."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
 def _fill_up(count: int, batch_size: int, device: torch.device) -> int:
@@ -2614,14 +2446,121 @@ def _fill_up(count: int, batch_size: int, device: torch.device) -> int:
     return -(-count // multiple) * multiple
 
 
-def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor | None, tuple[int, ...]]]:
-    """The distinct sets of a batch, each with the indices of its samples; one set for all has the indices `None`."""
-    samples = {}
-    for sample, active in enumerate(sets):
-        samples.setdefault(active, []).append(sample)
-    if len(samples) == 1:
-        return [(None, sets[0])]
-    return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+# Speed: prepared trajectories
+
+
+@dataclass
+class _Slots:
+    """
+    Memory for the groups of one layer, one after the other, rows or columns alike. A set of groups lies in the first of
+    them; `cut`, its weight and bias, are views.
+    """
+
+    weight: torch.Tensor  # (slots, channels of all stacked matrices, width of the other side)
+    bias: torch.Tensor | None
+    cut: tuple[torch.Tensor, torch.Tensor | None] = (None, None)
+    groups: tuple[int, ...] = ()
+    state: tuple = ()
+    sources: tuple = ()  # held, so that nothing else comes to lie at their addresses
+
+
+class _CutWeights:
+    """
+    The cut weights of a prepared trajectory: for each layer the set of groups that it ran with last. To go on to another
+    set, only the groups are copied that were not at their place.
+    """
+
+    def __init__(self, max_bytes: int, num_bytes: int = 0):
+        self.max_bytes, self.num_bytes = max_bytes, num_bytes
+        self.num_slots = {}  # by layer; what is not in here is cut in each call
+        self.slots = {}
+
+    def admit(self, num_slots: dict[DynaLinear, int]) -> None:
+        """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
+        num_bytes = self.num_bytes
+        for layer, count in num_slots.items():
+            sources = (layer.weight, layer.bias) if layer.dyna_dim[1] else (layer.weight,)
+            size = _num_bytes(sources) * count // layer.num_heads
+            if num_bytes + size <= self.max_bytes:
+                self.num_slots[layer] = count
+                num_bytes += size
+
+    def get(
+        self, layer: DynaLinear, groups, low_rank, with_full: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `DynaLinear._cut`; what an earlier call got is no longer valid."""
+        is_full = len(groups) == layer.num_heads and not with_full
+        if is_full or len(groups) > self.num_slots.get(layer, 0) or _is_captured(layer.weight):
+            return layer._cut(groups, low_rank, with_full)
+        sources = (layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2]))
+        state = (_signature(sources), layer._merged_adapters, *(scale for *_, scale in low_rank))
+        slots = self.slots.get(layer)
+        if slots is None or slots.state != state:
+            # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
+            # Nor does a weight made in inference mode tell when it is written to.
+            if _has_hooks(layer) or any(source is not None and source.is_inference() for source in sources):
+                return layer._cut(groups, low_rank, with_full)
+            slots = self._allocate(layer, slots)
+            slots.state = state
+            slots.sources = tuple(source.detach() for source in sources if source is not None)
+        if slots.groups != groups:
+            self._fill(slots, layer, groups, low_rank)
+        return slots.cut
+
+    def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
+        """Memory for a layer, or what it has, emptied."""
+        num_slots, is_row = self.num_slots[layer], layer.dyna_dim[1]
+        width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
+        if slots is not None and (slots.weight.dtype, slots.weight.device) == (
+            layer.weight.dtype,
+            layer.weight.device,
+        ):
+            slots.groups = ()
+            return slots
+        if slots is not None:
+            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
+            del self.slots[layer], slots
+        with torch.inference_mode(False):  # else nothing could be written there outside of it
+            weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
+            bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
+        self.slots[layer] = _Slots(weight, bias)
+        self.num_bytes += _num_bytes((weight, bias))
+        return self.slots[layer]
+
+    def _fill(self, slots: _Slots, layer: DynaLinear, groups, low_rank) -> None:
+        is_row, bias = layer.dyna_dim[1], layer.bias
+        old, slots.groups = slots.groups, ()  # until all of it is there: an error may end the loop
+        for place, group in enumerate(groups):
+            if place < len(old) and old[place] == group:
+                continue
+            weight, group_bias = layer._cut((group,), low_rank)
+            slots.weight[place].copy_(weight if is_row else weight.t())
+            if slots.bias is not None:
+                slots.bias[place].copy_(group_bias)
+        weight = slots.weight[: len(groups)].flatten(0, 1)
+        if is_row and bias is not None:
+            bias = slots.bias[: len(groups)].flatten()
+        slots.cut = (weight if is_row else weight.t(), bias)
+        slots.groups = groups
+
+
+@dataclass
+class _Plan:
+    """A prepared trajectory."""
+
+    timesteps: list[float]
+    decisions: list[list[_BlockDecision]]  # by step and layer
+    cut_weights: _CutWeights
+    signature: tuple = ()
+    class_labels: torch.Tensor | None = None
+    label_signature: tuple = ()
+    label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
+    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
+    noise_level: float | None = None
+    step: int | None = None
+    text: tuple = ()  # states and dropout mask that keys and values were made of
+    text_signature: tuple = ()
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
 
 def _keep_places(sets: list[tuple[int, ...]], num_groups: int) -> list[tuple[int, ...]]:
@@ -2640,6 +2579,84 @@ def _keep_places(sets: list[tuple[int, ...]], num_groups: int) -> list[tuple[int
             last = tuple(next(others) if group is None else group for group in places)
         ordered.append(last)
     return ordered
+
+
+def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
+    # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
+    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 != group] + [len(groups)]
+    runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which would read what other calls put into the same memory."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _num_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _signature(tensors) -> tuple:
+    """Changes when a tensor is replaced, cast, moved, or written in place (not through `.data`)."""
+    return tuple(
+        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+# Adapters, quantisers and hooks around the layers
+
+
+def _run_linear(
+    layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None, with_gelu: bool = False
+) -> torch.Tensor:
+    """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
+    if isinstance(layer, DynaLinear):
+        return layer(hidden_states, groups, with_gelu=with_gelu)
+    if groups == COMPILED:
+        return layer.base_layer(hidden_states, groups, with_gelu=with_gelu)
+    if groups is not None and len(groups) < layer.base_layer.num_heads:
+        return layer.base_layer(hidden_states, groups, _low_rank_factors(layer), with_gelu)
+    hidden_states = layer(hidden_states)
+    return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """The [`DynaLinear`] itself, under whatever adapter."""
+    return layer if isinstance(layer, DynaLinear) else layer.base_layer
+
+
+def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
+    """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
+    if not isinstance(getattr(layer, "base_layer", None), DynaLinear):
+        return None
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # AdaLoRA has parameters there
+        return None
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as the layer's own forward does
+    layer.base_layer._merged_adapters = tuple(layer.merged_adapters)
+    if layer.merged or layer.disable_adapters:
+        return []
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
+    if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
+        return None
+    # Dropout acts on the input of the adapter, which a weight cannot hold.
+    if layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in active):
+        return None
+    if any(_has_hooks(factors[name]) for name in active for factors in (layer.lora_A, layer.lora_B)):
+        return None
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
+
+
+def _can_cut(layer: nn.Module) -> bool:
+    if not isinstance(layer, DynaLinear):
+        if _low_rank_factors(layer) is None:
+            return False
+        layer = layer.base_layer
+    return type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
 
 
 def _has_hooks(module: nn.Module) -> bool:
