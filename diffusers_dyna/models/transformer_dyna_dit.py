@@ -105,10 +105,10 @@ class DynaLinear(nn.Linear):
         num_heads (`int`): groups that the dynamic sides consist of.
         bias (`bool`, defaults to `True`): whether a bias is added.
         dyna_dim (`tuple[bool, bool]`, defaults to `(True, True)`): whether the input and the output shrink.
+        num_stacked (`int`, defaults to `1`):
+            Matrices of the same width that the rows consist of, each cut to the same groups. With all groups the output
+            comes as they are stacked, one matrix after the other; with some of them group after group.
     """
-
-    # How many matrices of the same width are stacked in the rows; every one of them is cut to the same groups.
-    num_stacked = 1
 
     def __init__(
         self,
@@ -117,10 +117,12 @@ class DynaLinear(nn.Linear):
         num_heads: int,
         bias: bool = True,
         dyna_dim: tuple[bool, bool] = (True, True),
+        num_stacked: int = 1,
     ):
         super().__init__(in_features, out_features, bias)
         self.num_heads = num_heads
         self.dyna_dim = dyna_dim
+        self.num_stacked = num_stacked
         self.width_mult = 1.0
         self._cut_weights = None  # while a trajectory is prepared: the store that the layers of the model share
         self._merged_adapters = ()  # into the weights, through `.data`
@@ -206,8 +208,7 @@ class DynaLinear(nn.Linear):
 
 class DynaQKVLinear(DynaLinear):
     """
-    Query, key and value in one product, each cut to the same heads. All heads come as the weights are stacked, queries,
-    then keys, then values; some of them head after head, each with its query, key and value.
+    Query, key and value in one product, each cut to the same heads.
 
     Args:
         dim (`int`): width of the input, and of each of the three outputs.
@@ -215,28 +216,8 @@ class DynaQKVLinear(DynaLinear):
         bias (`bool`, defaults to `True`): whether a bias is added.
     """
 
-    num_stacked = 3
-
     def __init__(self, dim: int, num_heads: int, bias: bool = True):
-        super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
-
-
-class DynaKVLinear(DynaLinear):
-    """
-    Key and value of cross-attention in one product, each cut to the same heads. All heads come as the weights are
-    stacked, keys, then values; some of them head after head, each with its key and value.
-
-    Args:
-        in_features (`int`): width of the input.
-        dim (`int`): width of each of the two outputs.
-        num_heads (`int`): attention heads.
-        bias (`bool`, defaults to `True`): whether a bias is added.
-    """
-
-    num_stacked = 2
-
-    def __init__(self, in_features: int, dim: int, num_heads: int, bias: bool = True):
-        super().__init__(in_features, 2 * dim, num_heads, bias, dyna_dim=(False, True))
+        super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True), num_stacked=3)
 
 
 class DynaFloat32Linear(nn.Linear):
@@ -466,7 +447,7 @@ class DynaAttention(nn.Module, AttentionModuleMixin):
         self.is_cross_attention = cross_attention_dim is not None
         if self.is_cross_attention:
             self.to_q = DynaLinear(dim, dim, num_heads, dyna_dim=(False, True))
-            self.to_kv = DynaKVLinear(cross_attention_dim, dim, num_heads)
+            self.to_kv = DynaLinear(cross_attention_dim, 2 * dim, num_heads, dyna_dim=(False, True), num_stacked=2)
         else:
             self.qkv = DynaQKVLinear(dim, num_heads)
         self.norm_q = QK_NORMS[qk_norm](self.head_dim, eps=1e-6) if qk_norm else None
@@ -2050,7 +2031,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if self.caption_projection is not None:
             layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
         is_plain = all(
-            type(layer) in (nn.Linear, DynaKVLinear)
+            type(layer) in (nn.Linear, DynaLinear)
             and type(layer.weight.data) is torch.Tensor
             and not layer.weight.is_inference()
             and not _has_hooks(layer)
@@ -2072,7 +2053,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             for kind, owner in owners.items():
                 counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
                 for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
-                    if isinstance(layer, DynaKVLinear) and not with_text:
+                    if block.has_text and layer is block.cross_attn.to_kv and not with_text:
                         continue
                     # In a compiled block there is one layout, for all groups too.
                     is_cut = block._compiled is not None and layer._is_rearranged()

@@ -14,7 +14,7 @@ from accelerate import cpu_offload
 from diffusers import AutoModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
 from diffusers_dyna import DynaDiTTransformer2DModel
-from diffusers_dyna.models.transformer_dyna_dit import DynaAttnProcessor, DynaKVLinear
+from diffusers_dyna.models.transformer_dyna_dit import DynaAttnProcessor
 
 from ..testing_utils import counted_macs, dit_inputs, mixed_dyna_dit, randn, tiny_dyna_dit
 
@@ -187,39 +187,29 @@ def test_keys_and_values_of_the_text_are_computed_once():
     prepare(model, arguments)
     assert model.plan_bytes >= 3 * 7 * 2 * 32 * 3 * 4  # B, L, keys and values, layers, float32
 
-    calls = []
-    method = DynaKVLinear.forward
-
-    def counted(self, *args, **kwargs):
-        calls.append(self)
-        return method(self, *args, **kwargs)
-
-    DynaKVLinear.forward = counted
-    try:
-        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
-        leading = {name: value[:2] for name, value in arguments.items()}
-        torch.testing.assert_close(run(model, leading).sample, expected[:2], **CLOSE)
-        assert not calls
-        for overrides in (
-            {"encoder_hidden_states": states},
-            {"encoder_hidden_states": arguments["encoder_hidden_states"].clone()},
-            {"caption_dropout_mask": arguments["caption_dropout_mask"].clone()},
-        ):
-            other = overrides.get("encoder_hidden_states") is states
-            actual = run(model, arguments, **overrides).sample
-            torch.testing.assert_close(actual, expected_of_other if other else expected, **CLOSE)
-            assert len(calls) == 3
-            del calls[:]
-        mask = arguments["encoder_attention_mask"].clone()  # keys and values do not hang on it
-        torch.testing.assert_close(run(model, arguments, encoder_attention_mask=mask).sample, expected, **CLOSE)
-        assert not calls
-        trailing = {name: value[1:] for name, value in arguments.items()}
-        torch.testing.assert_close(run(model, trailing).sample, expected[1:], **CLOSE)
-        arguments["encoder_hidden_states"].copy_(states)  # the same memory, another text
-        torch.testing.assert_close(run(model, arguments).sample, expected_of_other, **CLOSE)
-        assert len(calls) == 6
-    finally:
-        DynaKVLinear.forward = method
+    calls = count_calls(model)
+    torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+    leading = {name: value[:2] for name, value in arguments.items()}
+    torch.testing.assert_close(run(model, leading).sample, expected[:2], **CLOSE)
+    assert not calls
+    for overrides in (
+        {"encoder_hidden_states": states},
+        {"encoder_hidden_states": arguments["encoder_hidden_states"].clone()},
+        {"caption_dropout_mask": arguments["caption_dropout_mask"].clone()},
+    ):
+        other = overrides.get("encoder_hidden_states") is states
+        actual = run(model, arguments, **overrides).sample
+        torch.testing.assert_close(actual, expected_of_other if other else expected, **CLOSE)
+        assert len(calls) == 3
+        del calls[:]
+    mask = arguments["encoder_attention_mask"].clone()  # keys and values do not hang on it
+    torch.testing.assert_close(run(model, arguments, encoder_attention_mask=mask).sample, expected, **CLOSE)
+    assert not calls
+    trailing = {name: value[1:] for name, value in arguments.items()}
+    torch.testing.assert_close(run(model, trailing).sample, expected[1:], **CLOSE)
+    arguments["encoder_hidden_states"].copy_(states)  # the same memory, another text
+    torch.testing.assert_close(run(model, arguments).sample, expected_of_other, **CLOSE)
+    assert len(calls) == 6
     model.clear_plan()
     assert model.plan_bytes == 0
 
