@@ -45,6 +45,10 @@ TOKEN_RATE_SCALE = 1.01
 COMPILED = ()
 # diffusers' hooks that change a module's weights, unlike those of feature caches.
 WEIGHT_HOOKS = frozenset({"group_offloading", "layerwise_casting"})
+CANNOT_CUT = (
+    "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a plain "
+    "LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
+)
 
 
 def _presets() -> dict[str, dict]:
@@ -623,32 +627,79 @@ def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
     return hard + (soft - soft.detach()) if soft.requires_grad else hard
 
 
+# The distinct sets of heads or groups of a batch (`None`: all), each with the indices of its samples (`None`: all of them).
+_Partition = list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
+
+
 @dataclass
 class _BlockDecision:
     """
-    What one block computes in the skipping form, known on the host. `heads`, `groups` and, of a text model, `cross_heads`
-    list the distinct sets of the batch (`None`: all), each with the indices of its samples (`None`: all of them);
-    `token_rates` is one rate for all samples or one each, and `None` where a threshold decides.
+    What one block computes in the skipping form, known on the host. `token_rates` is one rate for all samples or one
+    each, and `None` where a threshold decides.
     """
 
-    heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
-    groups: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
-    token_rates: list[float] | None
-    cross_heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]] | None = None
+    heads: _Partition
+    groups: _Partition
+    cross_heads: _Partition | None = None  # of a text model
+    token_rates: list[float] | None = None
+
+    def partitions(self) -> list[_Partition]:
+        return [part for part in (self.heads, self.groups, self.cross_heads) if part is not None]
 
     def token_counts(self, num_tokens: int) -> list[int]:
         # The float32 arithmetic of the masked form: its rates are float32, so only the product is rounded.
         return [round(struct.unpack("f", struct.pack("f", rate * num_tokens))[0]) for rate in self.token_rates]
 
 
-def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor | None, tuple[int, ...]]]:
-    """The distinct sets of a batch, each with the indices of its samples; one set for all has the indices `None`."""
+def _partition(sets: list[tuple[int, ...]], device) -> _Partition:
     samples = {}
     for sample, active in enumerate(sets):
         samples.setdefault(active, []).append(sample)
     if len(samples) == 1:
         return [(None, sets[0])]
     return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+
+
+@dataclass
+class _Text:
+    """The captions of a batch as the model is given them. Without states it is the null caption for all."""
+
+    states: torch.Tensor | None  # (B, L, caption_channels)
+    attention_mask: torch.Tensor | None  # (B, L)
+    dropout_mask: torch.Tensor | None  # (B,)
+
+    @property
+    def length(self) -> int:
+        return 1 if self.states is None else self.states.shape[1]
+
+    @property
+    def sources(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What keys and values are made of."""
+        return self.states, self.dropout_mask
+
+    def key_mask(self, device: torch.device) -> torch.Tensor | None:
+        """False where a token is left out, (B, 1, 1, L)."""
+        if self.attention_mask is None:
+            return None
+        mask = self.attention_mask.to(device)
+        if self.dropout_mask is not None:  # all tokens of the null caption are the same, and there must be one
+            mask = mask | self.dropout_mask.to(device)[:, None]
+        return mask[:, None, None]
+
+    def is_part_of(self, other: "_Text") -> bool:
+        """Whether keys and values are made of the memory that another text's are: all of it, or the leading samples."""
+        for tensor, whole in zip(self.sources, other.sources, strict=True):
+            if tensor is None or whole is None:
+                if tensor is not whole:
+                    return False
+            elif (
+                len(tensor) > len(whole)
+                or tensor.shape[1:] != whole.shape[1:]
+                or tensor.stride() != whole.stride()
+                or _signature([tensor]) != _signature([whole])
+            ):
+                return False
+        return True
 
 
 @dataclass
@@ -659,9 +710,10 @@ class _Call:
     num_active: int  # leading groups that `width_mult` leaves
     output_masks: bool = False
     gate_noise: torch.Tensor | None = None
+    step: int | None = None  # of the prepared trajectory
     decisions: list[_BlockDecision] | None = None  # by layer
     modulations: list[torch.Tensor] | None = None  # by layer, (B, 6, D)
-    text: torch.Tensor | None = None  # (B, L, cross_attention_dim)
+    text: torch.Tensor | None = None  # (B, L, cross_attention_dim), unless keys and values are prepared
     text_mask: torch.Tensor | None = None  # (B, 1, 1, L)
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of the text, by layer, all heads
 
@@ -1176,11 +1228,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _keep_in_fp32_modules = ["time_embedding", "class_embedding", "noise_level_embedding", *_router_modules]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", *_keep_in_fp32_modules]
 
-    _CANNOT_CUT = (
-        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
-        "plain LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
-    )
-
     @register_to_config
     def __init__(
         self,
@@ -1403,7 +1450,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if not isinstance(width_mult, (int, float)) or not 0 < width_mult <= 1:
             raise ValueError(f"`width_mult`={width_mult!r} must be in (0, 1]; 1 is the full width.")
         if width_mult < 1 and not self._can_cut():
-            raise ValueError(self._CANNOT_CUT)
+            raise ValueError(CANNOT_CUT)
         self._width_mult = width_mult
         for layer in self._dynamic_layers():
             layer.width_mult = width_mult
@@ -1528,46 +1575,43 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Raises:
             `ValueError`: on a size, timestep, label or text that does not fit the model.
         """
-        batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs)
-        timestep = self._prepare_timestep(timestep, batch_size, hidden_states.device)
-        labels = self._prepare_class_labels(
-            class_labels, class_dropout_mask, batch_size, hidden_states.device, may_drop=self.training
-        )
-        text = (encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
-        self._check_text(*text, batch_size)
-        given_level, noise_level = (
-            noise_level,
-            self._prepare_noise_level(noise_level, batch_size, hidden_states.device),
-        )
-        dtype = hidden_states.dtype
+        batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs, gate_noise)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        timestep = self._prepare_timestep(timestep, batch_size, device)
+        labels = self._prepare_class_labels(class_labels, class_dropout_mask, batch_size, device, self.training)
+        level = self._prepare_noise_level(noise_level, batch_size, device)
+        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        self._check_text(text, batch_size)
+        if self.training and self.has_null_caption and text.states is not None and text.dropout_mask is None:
+            text.dropout_mask = torch.rand(batch_size, device=device) < self.config.caption_dropout_prob
 
-        # 1. Patches, time and class
+        # 1. Patches, time, class and noise level
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
-        self._check_gate_noise(gate_noise, hidden_states.shape)
-        temb, embedding = self._embed(timestep, labels, noise_level)
+        temb = self._embed_time(timestep)
+        embedding = self._add_conditions(temb, labels, level)
         conditioning = F.silu(embedding).to(dtype)
 
-        # 2. Text and blocks
-        given_labels = class_labels if class_dropout_mask is None else None
-        call = self._prepare_call(
-            temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise, given_level
-        )
-        num_text_tokens = 0
+        # 2. What is left out, and what is prepared
+        call = self._prepare_call(temb, timestep, complete_model, output_masks, gate_noise)
+        if call.step is not None:
+            given_labels = class_labels if class_dropout_mask is None else None
+            call.modulations = self._find_modulations(call.step, given_labels, labels, batch_size, noise_level)
         if self.config.cross_attention_dim is not None:
-            num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
             if call.form == "skipping":
-                call.keys_values = self._find_keys_values((encoder_hidden_states, caption_dropout_mask), batch_size)
-            call.text, call.text_mask = self._prepare_text(
-                *text, batch_size, hidden_states, is_prepared=call.keys_values is not None
-            )
+                call.keys_values = self._find_keys_values(text, batch_size)
+            if call.keys_values is None:
+                call.text = self._project_text(text, batch_size, hidden_states)
+            call.text_mask = text.key_mask(device)
+
+        # 3. Blocks
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
             else:
                 hidden_states = block(hidden_states, temb, conditioning, call)
 
-        # 3. Pixels of the patches
-        masks = self._collect_masks(hidden_states, num_text_tokens) if output_masks else ()
+        # 4. Pixels of the patches
+        masks = self._collect_masks(hidden_states, text.length) if output_masks else ()
         hidden_states = self.norm_out(hidden_states, embedding)
         hidden_states = self.proj_out(hidden_states)
         patch_size = self.config.patch_size
@@ -1632,82 +1676,87 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         output.sample = sample
         return output
 
-    def _embed(
-        self, timestep: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The time embedding, for the routers, and its sum with those of class and noise level; float32, (B, D) each."""
-        temb = self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
-        embedding = temb
-        if labels is not None:
-            embedding = embedding + self.class_embedding(labels).to(temb)
-        if noise_level is not None:
-            embedding = embedding + self.noise_level_embedding(self.time_proj(noise_level))
-        return temb, embedding
+    def _embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The time embedding, which is all that the routers see; float32, (B, D)."""
+        return self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
 
-    def _prepare_call(
-        self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise, noise_level
-    ) -> _Call:
-        call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
-        if call.num_active < self.config.num_attention_heads and not self._can_cut():
-            raise ValueError(self._CANNOT_CUT)
-        if complete_model:
-            call.form = "complete"
+    def _add_conditions(
+        self, temb: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The time embedding plus those of class and noise level, float32."""
+        if labels is not None:
+            temb = temb + self.class_embedding(labels).to(temb)
+        if noise_level is not None:
+            temb = temb + self.noise_level_embedding(self.time_proj(noise_level))
+        return temb
+
+    def _project_text(self, text: _Text, batch_size: int, like: torch.Tensor) -> torch.Tensor:
+        """What keys and values are made of, (B, L, cross_attention_dim), in the dtype and on the device of `like`."""
+        states = None if text.states is None else text.states.to(like.device, like.dtype)
+        if states is None or text.dropout_mask is not None:
+            null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
+            if states is None:
+                states = null.expand(batch_size, -1, -1)
+            else:
+                states = torch.where(text.dropout_mask.to(like.device)[:, None, None], null, states)
+        return states if self.caption_projection is None else self.caption_projection(states)
+
+    def _prepare_call(self, temb, timestep, complete_model: bool, output_masks: bool, gate_noise) -> _Call:
+        """The form of a call and, where it skips, the decisions of all blocks."""
+        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
+        call = _Call("complete" if complete_model else "masked", num_active, output_masks, gate_noise)
+        if num_active < num_groups and not self._can_cut():
+            raise ValueError(CANNOT_CUT)
         if torch.is_grad_enabled() or self.training:
             self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
             return call
         if torch.compiler.is_compiling():
             return call
-        if any(block._compiled is not None for block in self._blocks) if complete_model else not self._can_cut():
+        is_compiled = any(block._compiled is not None for block in self._blocks)
+        if is_compiled if complete_model else not self._can_cut():
             return call
 
-        plan, step = self._find_step(timestep)
+        step = self._find_step(timestep)
         if complete_model:
-            active = None if call.num_active == self.config.num_attention_heads else tuple(range(call.num_active))
-            everything = [(None, active)]
+            everything = [(None, None if num_active == num_groups else tuple(range(num_active)))]
             cross_heads = None if self.config.cross_attention_dim is None else everything
-            call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
+            call.decisions = [_BlockDecision(everything, everything, cross_heads, [1.0])] * len(self._blocks)
         else:
-            call.decisions = self._decide(temb) if step is None else plan.decisions[step]
+            call.decisions = self._decide(temb) if step is None else self._plan.decisions[step]
             # Samples with heads of their own are computed apart, away from their references.
             if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
                 return call
-        if step is not None:
-            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
-        call.form = "skipping"
+        call.form, call.step = "skipping", step
         return call
 
-    def _decide(self, temb: torch.Tensor, one_row_a_step: bool = False) -> list:
-        """The decisions of all blocks, read back from the device at once: by layer, or by row of `temb` and layer."""
+    def _decide(self, temb: torch.Tensor) -> list[_BlockDecision]:
+        """The decisions of all blocks for a batch."""
+        decisions = []
+        for sets, rates in self._run_routers(temb):
+            if rates is not None and len(set(rates)) == 1:
+                rates = rates[:1]
+            decisions.append(_BlockDecision(*(_partition(part, temb.device) for part in sets), token_rates=rates))
+        return decisions
+
+    def _run_routers(self, temb: torch.Tensor) -> Iterator[tuple[list[list[tuple[int, ...]]], list[float] | None]]:
+        """
+        For each block what each of its group routers leaves on, by row of `temb`, and the rates of tokens by row, in
+        capacity mode. All of it is read back from the device at once.
+        """
         num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
-        rows = []
+        layers = []
         for block in self._blocks:
             masks = [*block._group_masks(temb)]
             if block.token_rate is not None:
                 masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
-            rows.append(torch.cat(masks, dim=1))
-        decisions = []
-        num_routers = len(self._blocks[0].group_routers())
-        for layer in torch.stack(rows).tolist():  # (L, B, num_routers * groups (+ 1))
+            layers.append(torch.cat(masks, dim=1))
+        num_masks = len(self._blocks[0].group_routers()) * num_groups
+        for rows in torch.stack(layers).tolist():  # (L, B, num_masks (+ 1))
             sets = [
-                [tuple(i for i in range(num_active) if row[first + i]) for row in layer]
-                for first in range(0, num_routers * num_groups, num_groups)
+                [tuple(i for i in range(num_active) if row[first + i]) for row in rows]
+                for first in range(0, num_masks, num_groups)
             ]
-            rates = [rate for row in layer for rate in row[num_routers * num_groups :]]
-            if one_row_a_step:
-                sets = [_keep_places(of_steps, num_groups) for of_steps in sets]
-                decisions.append(
-                    [
-                        _BlockDecision([(None, heads)], [(None, groups)], rate, *([(None, c)] for c in cross_heads))
-                        for rate, heads, groups, *cross_heads in zip(
-                            [[rate] for rate in rates] or [None] * len(layer), *sets, strict=True
-                        )
-                    ]
-                )
-            else:
-                rates = rates[:1] if len(set(rates)) == 1 else rates
-                heads, groups, *cross_heads = (_partition(of_samples, temb.device) for of_samples in sets)
-                decisions.append(_BlockDecision(heads, groups, rates or None, *cross_heads))
-        return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
+            yield sets, [row[num_masks] for row in rows] if len(rows[0]) > num_masks else None
 
     def _can_cut(self) -> bool:
         return all(_can_cut(layer) for block in self._blocks for layer in block._cut_layers())
@@ -1811,7 +1860,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
         num_active, ratio = self._num_active_groups(), 0.0
         with torch.no_grad():
-            temb, _ = self._embed(timesteps.float(), None)
+            temb = self._embed_time(timesteps.float())
             for block in self._blocks:
                 attn, mlp, *cross = (
                     mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb)
@@ -1909,16 +1958,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         self.clear_plan()
         self._check_timesteps(timesteps)
-        text = (encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
-        text_batch = 1 if encoder_hidden_states is None else len(encoder_hidden_states)
-        if encoder_hidden_states is not None:
-            self._check_text(*text, text_batch)
-        blocks = self._blocks
-        routers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
-        for block in blocks:
-            routers += block.group_routers() + ([] if block.token_rate is None else [block.token_rate])
+        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        if text.states is not None:
+            self._check_text(text, len(text.states))
         # What can change without a trace, as the strength of an adapter or a weight made in inference mode, has its
         # decisions taken in each call.
+        routers = self._sources()["decisions"]
         if not all(type(router) is DynaFloat32Linear and not router.weight.is_inference() for router in routers):
             return
 
@@ -1926,58 +1971,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if device.type == "meta":  # sequential offloading, whose hooks move what they are given
             device = timesteps.device
         times = timesteps.to(device=device, dtype=torch.float32)
-        temb, _ = self._embed(times, None)
-        decisions = self._decide(temb, one_row_a_step=True)
-        plan = _Plan(times.tolist(), decisions, _CutWeights(max_plan_bytes))
-        modulations = [block.modulation for block in blocks]
-        is_plain = all(
-            type(linear) is DynaDenseLinear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
-            for linear in modulations
-        ) and not any(map(_has_hooks, blocks))
-        is_plain = is_plain and type(self.class_embedding) in (nn.Embedding, type(None))
-        is_plain = is_plain and not torch.is_autocast_enabled(device.type)
-        has_level = self.config.noise_level_conditioning
-        if has_level and noise_level is not None:
-            level = self._prepare_noise_level(noise_level, 1, times.device)
-        is_plain = is_plain and (not has_level or noise_level is not None)
-        if is_plain and (class_labels is not None or self.class_embedding is None):
-            labels = None
-            if class_labels is not None:
-                batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
-                labels = self._prepare_class_labels(class_labels, None, batch_size, times.device)
-                distinct = labels.unique()
-                rows = times.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
-                rows[distinct] = torch.arange(len(distinct), device=times.device)
-            num_labels = 1 if labels is None else len(distinct)
-            dtype = modulations[0].weight.dtype
-            num_bytes = len(times) * num_labels * sum(m.out_features for m in modulations) * dtype.itemsize
-            if num_bytes <= max_plan_bytes:
-                embedding = temb[:, None]
-                if labels is not None:
-                    embedding = embedding + self.class_embedding(distinct).to(temb)
-                if has_level:
-                    embedding = embedding + self.noise_level_embedding(self.time_proj(level))
-                    plan.noise_level = noise_level
-                conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
-                plan.modulations = [block._modulate(conditioning) for block in blocks]
-                plan.cut_weights.num_bytes = num_bytes
-                if labels is not None:
-                    plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
-                    plan.label_rows = rows
-        if self.config.cross_attention_dim is not None and self._can_prepare_text(text):
-            num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-            dtype = blocks[0].cross_attn.to_kv.weight.dtype
-            rows = sum(block.cross_attn.to_kv.out_features for block in blocks)
-            num_bytes = text_batch * num_text_tokens * rows * dtype.itemsize
-            if plan.cut_weights.num_bytes + num_bytes <= max_plan_bytes:
-                like = torch.empty(0, dtype=dtype, device=times.device)
-                states, _ = self._prepare_text(*text, text_batch, like)
-                every = tuple(range(self.config.num_attention_heads))  # whatever the width
-                plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in blocks]
-                plan.text = (encoder_hidden_states, caption_dropout_mask)
-                plan.text_signature = _signature(plan.text)
-                plan.cut_weights.num_bytes += num_bytes
-        plan.cut_weights.admit(self._count_slots(decisions, with_text=not plan.keys_values))
+        temb = self._embed_time(times)
+        plan = _Plan(times.tolist(), self._decide_steps(temb), _CutWeights(max_plan_bytes))
+        self._prepare_modulations(plan, temb, class_labels, noise_level)
+        self._prepare_keys_values(plan, text, device)
+        plan.cut_weights.admit(self._count_slots(plan))
         plan.signature = self._plan_signature(plan)
         self._plan = plan
         for layer in self._dynamic_layers():
@@ -2020,31 +2018,96 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def __getstate__(self):
         return {**super().__getstate__(), "_plan": None}
 
-    def _can_prepare_text(self, text: tuple) -> bool:
-        """Whether keys and values of the text hang on nothing but what the plan's signatures see."""
-        if text[0] is None and self.null_caption is None:
-            return False
-        # What was made in inference mode does not tell when it is written to.
-        if any(tensor is not None and tensor.is_inference() for tensor in text):
-            return False
-        layers = [block.cross_attn.to_kv for block in self._blocks]
+    def _sources(self) -> dict[str, list[nn.Module]]:
+        """The layers that what is prepared is computed from: decisions, modulations, keys and values of the text."""
+        decisions = [self.time_embedding.linear_1, self.time_embedding.linear_2]
+        modulations, text = [self.class_embedding], [self.null_caption]
+        if self.noise_level_embedding is not None:
+            modulations += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
         if self.caption_projection is not None:
-            layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
-        is_plain = all(
-            type(layer) in (nn.Linear, DynaLinear)
-            and type(layer.weight.data) is torch.Tensor
-            and not layer.weight.is_inference()
-            and not _has_hooks(layer)
-            for layer in layers
-        )
-        hooked = (self.caption_projection, self.null_caption, *self._blocks)
-        is_plain = is_plain and not any(_has_hooks(module) for module in hooked if module is not None)
-        return is_plain and not torch.is_autocast_enabled(layers[0].weight.device.type)
+            text += [self.caption_projection.linear_1, self.caption_projection.linear_2]
+        for block in self._blocks:
+            decisions += [*block.group_routers(), block.token_rate]
+            modulations.append(block.modulation)
+            if block.has_text:
+                text += [block.cross_attn.to_kv, block.cross_attn.norm_k]
+        sources = {"decisions": decisions, "modulations": modulations, "text": text}
+        return {kind: [layer for layer in layers if layer is not None] for kind, layers in sources.items()}
 
-    def _count_slots(self, decisions: list[list[_BlockDecision]], with_text: bool) -> dict[DynaLinear, int]:
+    def _can_prepare(self, kind: str, device: torch.device) -> bool:
+        """Whether modulations or text hang on nothing but the weights of their layers, whose changes the plan sees."""
+        return (
+            all(map(_is_plain, self._sources()[kind]))
+            and not any(map(_has_hooks, (self.caption_projection, *self._blocks)))
+            and not torch.is_autocast_enabled(device.type)
+        )
+
+    def _decide_steps(self, temb: torch.Tensor) -> list[list[_BlockDecision]]:
+        """The decisions of a trajectory by step and layer; `temb` has a row for each step."""
+        layers = []
+        for sets, rates in self._run_routers(temb):
+            sets = [_keep_places(part, self.config.num_attention_heads) for part in sets]
+            rates = [None] * len(temb) if rates is None else [[rate] for rate in rates]
+            layers.append(
+                [
+                    _BlockDecision(*([(None, active)] for active in actives), token_rates=rate)
+                    for *actives, rate in zip(*sets, rates, strict=True)
+                ]
+            )
+        return [list(step) for step in zip(*layers, strict=True)]
+
+    def _prepare_modulations(self, plan: "_Plan", temb: torch.Tensor, class_labels, noise_level) -> None:
+        """Modulations at every pair of timestep and label, if they can be prepared and fit."""
+        level = None
+        if self.config.noise_level_conditioning:
+            if noise_level is None:
+                return
+            level = self._prepare_noise_level(noise_level, 1, temb.device)
+        if class_labels is None and self.class_embedding is not None:
+            return
+        if not self._can_prepare("modulations", temb.device):
+            return
+        labels = None
+        if class_labels is not None:
+            batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
+            labels = self._prepare_class_labels(class_labels, None, batch_size, temb.device).unique()
+        dtype = self._blocks[0].modulation.weight.dtype
+        width = sum(block.modulation.out_features for block in self._blocks)
+        num_bytes = len(temb) * (1 if labels is None else len(labels)) * width * dtype.itemsize
+        if not plan.cut_weights.take(num_bytes):
+            return
+        embedding = self._add_conditions(temb[:, None], labels, level)
+        conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
+        plan.modulations = [block._modulate(conditioning) for block in self._blocks]
+        plan.noise_level = noise_level if level is not None else None
+        if labels is not None:
+            plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
+            plan.label_rows = labels.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
+            plan.label_rows[labels] = torch.arange(len(labels), device=labels.device)
+
+    def _prepare_keys_values(self, plan: "_Plan", text: _Text, device: torch.device) -> None:
+        """Keys and values of the text, all heads, if they can be prepared and fit."""
+        if self.config.cross_attention_dim is None or (text.states is None and not self.has_null_caption):
+            return
+        # What was made in inference mode does not tell when it is written to.
+        if any(tensor is not None and tensor.is_inference() for tensor in text.sources):
+            return
+        if not self._can_prepare("text", device):
+            return
+        batch_size = 1 if text.states is None else len(text.states)
+        dtype = self._blocks[0].cross_attn.to_kv.weight.dtype
+        width = sum(block.cross_attn.to_kv.out_features for block in self._blocks)
+        if not plan.cut_weights.take(batch_size * text.length * width * dtype.itemsize):
+            return
+        states = self._project_text(text, batch_size, torch.empty(0, dtype=dtype, device=device))
+        every = tuple(range(self.config.num_attention_heads))  # whatever the width
+        plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in self._blocks]
+        plan.text, plan.text_signature = text, _signature(text.sources)
+
+    def _count_slots(self, plan: "_Plan") -> dict[DynaLinear, int]:
         """The groups of the largest set that each layer has to be cut to in a trajectory."""
         num_slots = {}
-        for block, *steps in zip(self._blocks, *decisions, strict=True):
+        for block, *steps in zip(self._blocks, *plan.decisions, strict=True):
             if _has_hooks(block):  # its weights are elsewhere between the calls
                 continue
             owners = {"heads": block.attn, "groups": block.mlp}
@@ -2052,8 +2115,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 owners["cross_heads"] = block.cross_attn
             for kind, owner in owners.items():
                 counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
-                for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
-                    if block.has_text and layer is block.cross_attn.to_kv and not with_text:
+                for name, layer in owner.named_modules():
+                    if not isinstance(layer, DynaLinear) or (plan.keys_values and name == "to_kv"):
                         continue
                     # In a compiled block there is one layout, for all groups too.
                     is_cut = block._compiled is not None and layer._is_rearranged()
@@ -2062,45 +2125,38 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
     def _plan_signature(self, plan: "_Plan") -> tuple:
         """Changes with whatever the decisions and, where there are any, modulations and text were computed from."""
-        layers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
-        for block in self._blocks:
-            layers += [*block.group_routers(), block.token_rate]
+        sources = self._sources()
+        layers = sources["decisions"]
         if plan.modulations:
-            layers += [self.class_embedding, *(block.modulation for block in self._blocks)]
-            if self.noise_level_embedding is not None:
-                layers += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
+            layers += sources["modulations"]
         if plan.keys_values:
-            layers += [self.null_caption, *(block.cross_attn.norm_k for block in self._blocks)]
-            layers += [block.cross_attn.to_kv for block in self._blocks]
-            if self.caption_projection is not None:
-                layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
-        layers = [layer for layer in layers if layer is not None]
+            layers += sources["text"]
         tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
         modes = tuple(block.router_mode for block in self._blocks)
         return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
 
-    def _find_step(self, timestep: torch.Tensor) -> tuple["_Plan | None", int | None]:
+    def _find_step(self, timestep: torch.Tensor) -> int | None:
+        """Which of the prepared timesteps a call is at, if its samples are at one and the model is as it was."""
         plan = self._plan
         if plan is None:
-            return None, None
+            return None
         if plan.signature != self._plan_signature(plan):
             self.clear_plan()
-            return None, None
+            return None
         if plan.step is not None and (
             timestep.device.type != "cpu" or bool((timestep == plan.timesteps[plan.step]).all())
         ):
-            return plan, plan.step
+            return plan.step
         times = set(timestep.tolist())
-        if len(times) == 1 and (time := times.pop()) in plan.timesteps:
-            return plan, plan.timesteps.index(time)
-        return None, None
+        is_prepared = len(times) == 1 and times <= set(plan.timesteps)
+        return plan.timesteps.index(times.pop()) if is_prepared else None
 
     def _find_modulations(
-        self, plan: "_Plan", step: int, class_labels, labels, batch_size: int, noise_level
+        self, step: int, class_labels, labels, batch_size: int, noise_level
     ) -> list[torch.Tensor] | None:
-        if not plan.modulations:
-            return None
-        if torch.is_tensor(noise_level) or noise_level != plan.noise_level:
+        """What was prepared for the labels, as given and as tensor on the device, and the noise level as given."""
+        plan = self._plan
+        if not plan.modulations or torch.is_tensor(noise_level) or noise_level != plan.noise_level:
             return None
         if labels is None:
             return [modulation[step].expand(batch_size, -1, -1) for modulation in plan.modulations]
@@ -2110,32 +2166,22 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             is_prepared = not bool((rows < 0).any())
         else:
             is_prepared = class_labels is plan.class_labels and _signature([class_labels]) == plan.label_signature
-        if not is_prepared:
-            return None
-        return [modulation[step][rows] for modulation in plan.modulations]
+        return [modulation[step][rows] for modulation in plan.modulations] if is_prepared else None
 
-    def _find_keys_values(self, text: tuple, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """What was prepared for a text, which is found by its memory: the tensors, or leading parts of their batch."""
+    def _find_keys_values(self, text: _Text, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """What was prepared for a text, which is found by its memory."""
         plan = self._plan
-        if plan is None or not plan.keys_values or _signature(plan.text) != plan.text_signature:
+        if plan is None or not plan.keys_values or _signature(plan.text.sources) != plan.text_signature:
             return None
-        for tensor, prepared in zip(text, plan.text, strict=True):
-            if (tensor is None) != (prepared is None):
-                return None
-            if tensor is not None and (
-                len(tensor) > len(prepared)
-                or _signature([tensor]) != _signature([prepared])
-                or tensor.shape[1:] != prepared.shape[1:]
-                or tensor.stride() != prepared.stride()
-            ):
-                return None
-        if text[0] is None:  # the null caption for all
+        if not text.is_part_of(plan.text):
+            return None
+        if text.states is None:  # the null caption for all
             return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
         return [tuple(states[:batch_size] for states in pair) for pair in plan.keys_values]
 
     # Checks of what is given
 
-    def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None) -> torch.Size:
+    def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None, gate_noise) -> torch.Size:
         num_channels = self.config.in_channels + self.config.condition_channels
         if hidden_states.ndim != 4 or hidden_states.shape[1] != num_channels:
             parts = "`in_channels` + `condition_channels` = " if self.config.condition_channels else ""
@@ -2143,10 +2189,18 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"`hidden_states` must have shape (batch_size, {parts}{num_channels}, height, width), but it has shape "
                 f"{tuple(hidden_states.shape)}."
             )
-        self._check_size(*hidden_states.shape[2:], "hidden_states")
+        batch_size, _, height, width = hidden_states.shape
+        self._check_size(height, width, "hidden_states")
         if attention_kwargs:
             raise ValueError(
                 f"`attention_kwargs` has the unknown keys {', '.join(map(repr, attention_kwargs))}. Use 'scale' only."
+            )
+        num_gates = self.gate_noise_size(height * width // self.config.patch_size**2)
+        expected = (batch_size, self.config.num_layers, num_gates)
+        if gate_noise is not None and gate_noise.shape != expected:
+            raise ValueError(
+                f"`gate_noise` must have shape {expected}, samples, layers and gates, but it has shape "
+                f"{tuple(gate_noise.shape)}."
             )
         return hidden_states.shape
 
@@ -2163,14 +2217,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 f"`timesteps` must be a tensor of shape (num_calls,), but it is {given}. Give the times of all calls in "
                 "one tensor."
-            )
-
-    def _check_gate_noise(self, gate_noise: torch.Tensor | None, shape: torch.Size) -> None:
-        expected = (shape[0], self.config.num_layers, self.gate_noise_size(shape[1]))
-        if gate_noise is not None and gate_noise.shape != expected:
-            raise ValueError(
-                f"`gate_noise` must have shape {expected}, samples, layers and gates, but it has shape "
-                f"{tuple(gate_noise.shape)}."
             )
 
     def _prepare_timestep(self, timestep: torch.Tensor | float | int, batch_size: int, device) -> torch.Tensor:
@@ -2219,11 +2265,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if dropout_mask is not None:
             if null_label is None:
                 raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
-            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"`class_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
-                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
-                )
+            _check_mask("class_dropout_mask", dropout_mask, (batch_size,), "sample")
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` were given, but the model is unconditional (`num_classes` is None).")
@@ -2256,17 +2298,16 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
         return class_labels
 
-    def _check_text(
-        self,
-        states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        dropout_mask: torch.Tensor | None,
-        batch_size: int,
-    ) -> None:
+    def _check_text(self, text: _Text, batch_size: int) -> None:
+        states, attention_mask, dropout_mask = text.states, text.attention_mask, text.dropout_mask
         config = self.config
         if config.cross_attention_dim is None:
-            names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
-            for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
+            given = {
+                "encoder_hidden_states": states,
+                "encoder_attention_mask": attention_mask,
+                "caption_dropout_mask": dropout_mask,
+            }
+            for name, tensor in given.items():
                 if tensor is not None:
                     raise ValueError(
                         f"`{name}` was given, but the model takes no text (`cross_attention_dim` is None)."
@@ -2277,11 +2318,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 raise ValueError(
                     "`caption_dropout_mask` was given, but the model has no null caption (`caption_dropout_prob` is 0)."
                 )
-            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"`caption_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
-                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
-                )
+            _check_mask("caption_dropout_mask", dropout_mask, (batch_size,), "sample")
         if states is None:
             if not self.has_null_caption:
                 raise ValueError(
@@ -2298,11 +2335,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             )
         if attention_mask is None:
             return
-        if attention_mask.shape != states.shape[:2] or attention_mask.dtype != torch.bool:
-            raise ValueError(
-                f"`encoder_attention_mask` must be boolean of shape {tuple(states.shape[:2])}, one entry per token of the "
-                f"text, but it is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}."
-            )
+        _check_mask("encoder_attention_mask", attention_mask, tuple(states.shape[:2]), "token of the text")
         # Elsewhere than on CPU this check would wait for the device at every step.
         if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
             is_empty = ~attention_mask.any(dim=1)
@@ -2314,35 +2347,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                     f"{is_empty.nonzero().squeeze(1).tolist()}. Drop their captions by `caption_dropout_mask`."
                 )
 
-    def _prepare_text(
-        self, states, attention_mask, dropout_mask, batch_size: int, like: torch.Tensor, is_prepared: bool = False
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """
-        States for the keys and values, (B, L, cross_attention_dim), unless these are prepared, and the mask of the text,
-        (B, 1, 1, L); in the dtype and on the device of `like`.
-        """
-        if states is not None and dropout_mask is None and self.training and self.has_null_caption:
-            dropout_mask = torch.rand(batch_size, device=like.device) < self.config.caption_dropout_prob
-        dropout_mask = None if dropout_mask is None else dropout_mask.to(like.device)
-        text_mask = None
-        if attention_mask is not None:
-            text_mask = attention_mask.to(like.device)
-            if dropout_mask is not None:  # all of its tokens are the same, and there must be one
-                text_mask = text_mask | dropout_mask[:, None]
-            text_mask = text_mask[:, None, None]
-        if is_prepared:
-            return None, text_mask
-        if states is not None:
-            states = states.to(like.device, like.dtype)
-        if states is None or dropout_mask is not None:
-            null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
-            if states is None:
-                states = null.expand(batch_size, -1, -1)
-            else:
-                states = torch.where(dropout_mask[:, None, None], null, states)
-        if self.caption_projection is not None:
-            states = self.caption_projection(states)
-        return states, text_mask
+
+def _check_mask(name: str, mask: torch.Tensor, shape: tuple[int, ...], entries: str) -> None:
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"`{name}` must be boolean of shape {shape}, one entry per {entries}, but it is {mask.dtype} of shape "
+            f"{tuple(mask.shape)}."
+        )
 
 
 # Speed: the products. Nothing from here on changes what the model computes.
@@ -2451,10 +2462,17 @@ class _CutWeights:
     set, only the groups are copied that were not at their place.
     """
 
-    def __init__(self, max_bytes: int, num_bytes: int = 0):
-        self.max_bytes, self.num_bytes = max_bytes, num_bytes
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self.num_slots = {}  # by layer; what is not in here is cut in each call
         self.slots = {}
+
+    def take(self, num_bytes: int) -> bool:
+        """Counts memory for something else that is prepared, if there is enough left."""
+        if self.num_bytes + num_bytes > self.max_bytes:
+            return False
+        self.num_bytes += num_bytes
+        return True
 
     def admit(self, num_slots: dict[DynaLinear, int]) -> None:
         """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
@@ -2539,7 +2557,7 @@ class _Plan:
     modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
     noise_level: float | None = None
     step: int | None = None
-    text: tuple = ()  # states and dropout mask that keys and values were made of
+    text: _Text | None = None  # that keys and values were made of
     text_signature: tuple = ()
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
@@ -2644,3 +2662,24 @@ def _has_hooks(module: nn.Module) -> bool:
     """Whether offloading or layerwise casting fills in the module's weights only while it runs."""
     registry = getattr(module, "_diffusers_hook", None)
     return hasattr(module, "_hf_hook") or (registry is not None and not WEIGHT_HOOKS.isdisjoint(registry.hooks))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether what a layer computes changes with its weights alone, and these not without a trace (`_signature`)."""
+    return (
+        type(layer) in PLAIN_LAYERS
+        and type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
+        and not layer.weight.is_inference()
+        and not _has_hooks(layer)
+    )
+
+
+PLAIN_LAYERS = {
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    RMSNorm,
+    DynaLinear,
+    DynaDenseLinear,
+    DynaFloat32Linear,
+}

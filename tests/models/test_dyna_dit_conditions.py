@@ -532,7 +532,7 @@ def test_noise_level_is_part_of_the_embedding():
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     hidden = F.silu(F.linear(features, embedding.linear_1.weight, embedding.linear_1.bias))
     added = F.linear(hidden, embedding.linear_2.weight, embedding.linear_2.bias)
-    _, plain = model._embed(arguments["timestep"], arguments["class_labels"])
+    plain = model._add_conditions(model._embed_time(arguments["timestep"]), arguments["class_labels"], None)
     torch.testing.assert_close(seen[0], F.silu(plain + added), rtol=1e-3, atol=1e-3)  # angles of up to 350
     for i, level in enumerate(levels.tolist()):
         row = {name: value[i : i + 1] for name, value in arguments.items()}
