@@ -376,16 +376,6 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        r"""
-        Args:
-            query (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the heads that are computed.
-            key (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the same heads.
-            value (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the same heads.
-            attention_mask (`None`): self-attention has no mask.
-
-        Returns:
-            `torch.Tensor` with the shape of `query`.
-        """
         batch_size, references = len(query), self.references[: len(query)]
         if batch_size > len(references) or max(references) >= batch_size:
             raise ValueError(
@@ -627,7 +617,7 @@ def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
     return hard + (soft - soft.detach()) if soft.requires_grad else hard
 
 
-# The distinct sets of heads or groups of a batch (`None`: all), each with the indices of its samples (`None`: all of them).
+# The distinct sets of heads or groups in a batch, each with the indices of its samples; `None` is all of them.
 _Partition = list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
 
 
@@ -812,16 +802,17 @@ class DynaDiTBlock(nn.Module):
         """The complete and the masked form."""
         modulation = self._modulate(conditioning)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
-        masks = [None, None, None]
         active = tuple(range(call.num_active)) if call.num_active < self.num_groups else None
-        if call.form != "complete":
-            masks[: 2 + self.has_text] = (mask[:, : call.num_active] for mask in self._group_masks(temb, call))
-        head_mask, channel_mask, cross_mask = masks
+        if call.form == "complete":
+            masks = [None] * len(self.group_routers())
+        else:
+            masks = [mask[:, : call.num_active] for mask in self._group_masks(temb, call)]
+        head_mask, channel_mask, *cross_mask = masks
 
         attn_output = self.attn(self.norm1(hidden_states) * scale + shift, head_mask, active)
         hidden_states = hidden_states + gate * attn_output
         if self.has_text:
-            hidden_states = hidden_states + self._attend_to_text(hidden_states, call, active, cross_mask)
+            hidden_states = hidden_states + self._attend_to_text(hidden_states, call, active, *cross_mask)
 
         if call.form != "complete":
             token_mask, token_rate = self._token_mask(hidden_states, temb, call)
@@ -831,14 +822,14 @@ class DynaDiTBlock(nn.Module):
 
         if call.output_masks:
             if call.form == "complete":
-                masks = [temb.new_ones(len(temb), call.num_active)] * 3
+                masks = [temb.new_ones(len(temb), call.num_active)] * len(masks)
                 token_mask = temb.new_ones(hidden_states.shape[:2])
                 token_rate = token_mask.mean(dim=1)
             num_off = self.num_groups - call.num_active
-            self.masks = (*(F.pad(mask, (0, num_off)) for mask in masks[: 2 + self.has_text]), token_mask, token_rate)
+            self.masks = (*(F.pad(mask, (0, num_off)) for mask in masks), token_mask, token_rate)
         return hidden_states
 
-    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, ...]:
+    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> list[torch.Tensor]:
         """Masks of what [`group_routers`] choose, (B, groups) each, at full width. Without a call: as in inference."""
         masks = []
         for i, router in enumerate(self.group_routers()):
@@ -846,10 +837,9 @@ class DynaDiTBlock(nn.Module):
             if self.router_mode == "capacity":
                 gates = _capacity_gates(logits)
             else:
-                noise = self._noise(logits, call, i * (self.num_groups - 1)) if call is not None else None
-                gates = _threshold_gates(logits, noise)
+                gates = _threshold_gates(logits, self._noise(logits, call, i * (self.num_groups - 1)))
             masks.append(F.pad(gates, (1, 0), value=1.0))
-        return tuple(masks)
+        return masks
 
     def _token_mask(self, hidden_states: torch.Tensor, temb: torch.Tensor, call: _Call) -> tuple[torch.Tensor, ...]:
         """The mask of the tokens, (B, N), and the share that is on, (B,); both with gradients."""
@@ -867,8 +857,8 @@ class DynaDiTBlock(nn.Module):
         """The share of tokens to keep, (B,). Values above 1 stand for 1."""
         return TOKEN_RATE_SCALE * torch.sigmoid(self.token_rate(temb).squeeze(1))
 
-    def _noise(self, logits: torch.Tensor, call: _Call, first: int) -> torch.Tensor | None:
-        if not self.training:
+    def _noise(self, logits: torch.Tensor, call: _Call | None, first: int) -> torch.Tensor | None:
+        if call is None or not self.training:
             return None
         if call.gate_noise is None:
             return torch.rand_like(logits)
@@ -889,10 +879,11 @@ class DynaDiTBlock(nn.Module):
         rows: torch.Tensor | slice = slice(None),
     ) -> torch.Tensor:
         """What cross-attention adds to some samples of the batch."""
-        text_mask = None if call.text_mask is None else call.text_mask[rows]
-        text = {"encoder_hidden_states": None if call.text is None else call.text[rows]}
-        if call.keys_values is not None:
+        if call.keys_values is None:
+            text = {"encoder_hidden_states": call.text[rows]}
+        else:
             text = {"key_value": self._keys_and_values(call, active_heads, rows)}
+        text_mask = None if call.text_mask is None else call.text_mask[rows]
         return self.cross_attn(
             self.norm_cross(hidden_states), head_mask, active_heads, attention_mask=text_mask, **text
         )
@@ -998,24 +989,20 @@ class DynaDiTBlock(nn.Module):
     def _keep_masks(
         self, decision: _BlockDecision, hidden_states: torch.Tensor, selected: torch.Tensor | None
     ) -> None:
+        """`masks` of the skipping form; `selected` holds the tokens as indices or a boolean mask, `None` is all."""
         token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
         if selected is not None and selected.dtype == torch.bool:
             token_mask = selected.float()
         elif selected is not None:
             token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
-        parts = (decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else []))
-        self.masks = (*(self._mask_of(part, token_mask) for part in parts), token_mask, token_mask.mean(dim=1))
-
-    def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
-        mask = like.new_zeros(len(like), self.num_groups)
-        for rows, groups in partition:
-            groups = tuple(range(self.num_groups)) if groups is None else groups
-            row = like.new_zeros(self.num_groups).index_fill(0, torch.tensor(groups, device=like.device), 1.0)
-            if rows is None:
-                mask[:] = row
-            else:
-                mask[rows] = row
-        return mask
+        masks = []
+        for partition in decision.partitions():
+            masks.append(token_mask.new_zeros(len(token_mask), self.num_groups))
+            for rows, active in partition:
+                active = torch.tensor(range(self.num_groups) if active is None else active, device=token_mask.device)
+                row = token_mask.new_zeros(self.num_groups).index_fill(0, active, 1.0)
+                masks[-1][slice(None) if rows is None else rows] = row
+        self.masks = (*masks, token_mask, token_mask.mean(dim=1))
 
     # Compiled blocks
 
@@ -1047,7 +1034,7 @@ class DynaDiTBlock(nn.Module):
         What runs eagerly in a compiled block: sizes of 0 and 1, which would be compiled apart, samples with decisions of
         their own, and layers whose weights are there only while they run.
         """
-        partitions = [decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else [])]
+        partitions = decision.partitions()
         if max(*map(len, partitions), len(decision.token_rates or [1])) > 1:
             return False
         counts = [] if decision.token_rates is None else decision.token_counts(num_tokens)
@@ -1300,7 +1287,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         # The blocks themselves, also while a feature cache has put something else into the list.
         self._blocks = tuple(self.transformer_blocks)
         self._width_mult = 1.0
-        self._is_sharing = False
         self._plan = None
         self._initialize_weights()
 
@@ -1482,7 +1468,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(f"`strength`={strength} must be in [0, 1]; 0 changes nothing.")
         layers = [block.attn for block in self._blocks] if strength > 0 else []
         processors = [layer.processor for layer in layers]
-        was_sharing, self._is_sharing = self._is_sharing, strength > 0 or self._is_sharing
         try:
             for layer, processor in zip(layers, processors, strict=True):
                 device = self.pos_embed.proj.weight.device  # "meta" while it is offloaded
@@ -1492,7 +1477,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 layer.set_processor(shared)
             yield
         finally:
-            self._is_sharing = was_sharing
             for layer, processor in zip(layers, processors, strict=True):
                 layer.set_processor(processor)
 
@@ -1723,9 +1707,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             call.decisions = [_BlockDecision(everything, everything, cross_heads, [1.0])] * len(self._blocks)
         else:
             call.decisions = self._decide(temb) if step is None else self._plan.decisions[step]
-            # Samples with heads of their own are computed apart, away from their references.
-            if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
-                return call
+            for block, decision in zip(self._blocks, call.decisions, strict=True):
+                # Samples with heads of their own would be computed apart, away from their references.
+                if len(decision.heads) > 1 and isinstance(block.attn.processor, DynaSharedAttnProcessor):
+                    return call
         call.form, call.step = "skipping", step
         return call
 
@@ -1746,7 +1731,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
         layers = []
         for block in self._blocks:
-            masks = [*block._group_masks(temb)]
+            masks = block._group_masks(temb)
             if block.token_rate is not None:
                 masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
             layers.append(torch.cat(masks, dim=1))
@@ -2666,20 +2651,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether what a layer computes changes with its weights alone, and these not without a trace (`_signature`)."""
+    plain = (nn.Linear, nn.Embedding, nn.LayerNorm, RMSNorm, DynaLinear, DynaDenseLinear, DynaFloat32Linear)
     return (
-        type(layer) in PLAIN_LAYERS
+        type(layer) in plain
         and type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
         and not layer.weight.is_inference()
         and not _has_hooks(layer)
     )
-
-
-PLAIN_LAYERS = {
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    RMSNorm,
-    DynaLinear,
-    DynaDenseLinear,
-    DynaFloat32Linear,
-}
