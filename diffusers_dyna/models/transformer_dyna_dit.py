@@ -2,6 +2,9 @@
 """
 A diffusion transformer whose compute follows timestep and token, in one file that also works when copied alone into a
 Hub repository.
+
+The model comes first: layers, attention and MLP, routers, the block, `DynaDiTTransformer2DModel`. Below it is what makes
+products and prepared trajectories fast, and what lets adapters, quantisers and hooks work with cut weights.
 """
 
 import math
@@ -1351,13 +1354,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
-        embeddings = [
-            self.time_embedding.linear_1,
-            self.time_embedding.linear_2,
-            self.class_embedding,
-            self.null_caption,
-        ]
-        for module in embeddings:
+        time = self.time_embedding
+        for module in (time.linear_1, time.linear_2, self.class_embedding, self.null_caption):
             if module is not None:
                 nn.init.normal_(module.weight, std=0.02)
         zeros = [*(block.modulation for block in self._blocks), self.norm_out.linear, self.proj_out]
@@ -1918,12 +1916,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
         for every pair of timestep and label, the keys and values of the text, and memory for each layer's cut weights,
         in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
-        level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread and one
-        stream.
+        level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds;
+        free it with [`clear_plan`]. It belongs to one thread and one stream.
 
         What was prepared is dropped where weights, dtype, device or width change, and by a call in training mode or with
-        gradients. A write through `.data`, as
-        `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
+        gradients. A write through `.data`, as `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
 
         Args:
             timesteps (`torch.Tensor` of shape `(num_calls,)`): the times of the calls that follow, in their order.
@@ -2133,8 +2130,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         ):
             return plan.step
         times = set(timestep.tolist())
-        is_prepared = len(times) == 1 and times <= set(plan.timesteps)
-        return plan.timesteps.index(times.pop()) if is_prepared else None
+        if len(times) == 1 and (time := times.pop()) in plan.timesteps:
+            return plan.timesteps.index(time)
+        return None
 
     def _find_modulations(
         self, step: int, class_labels, labels, batch_size: int, noise_level
@@ -2156,9 +2154,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def _find_keys_values(self, text: _Text, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """What was prepared for a text, which is found by its memory."""
         plan = self._plan
-        if plan is None or not plan.keys_values or _signature(plan.text.sources) != plan.text_signature:
+        if plan is None or not plan.keys_values or not text.is_part_of(plan.text):
             return None
-        if not text.is_part_of(plan.text):
+        if _signature(plan.text.sources) != plan.text_signature:
             return None
         if text.states is None:  # the null caption for all
             return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
@@ -2209,12 +2207,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if not isinstance(timestep, (int, float)):
                 raise TypeError(f"`timestep` must be a number or a tensor, but it is a {type(timestep).__name__}.")
             timestep = torch.tensor(timestep, dtype=torch.float32, device=device)
-        if timestep.shape not in ((), (1,), (batch_size,)):
-            raise ValueError(
-                f"`timestep` must be a number or have shape ({batch_size},), one time per sample, but it has shape "
-                f"{tuple(timestep.shape)}."
-            )
-        return timestep.to(device=device, dtype=torch.float32).expand(batch_size)
+        return _one_per_sample("timestep", timestep, "time", batch_size, device)
 
     def _prepare_noise_level(
         self, noise_level: torch.Tensor | float | None, batch_size: int, device
@@ -2227,16 +2220,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError("`noise_level` must be given: the model has `noise_level_conditioning`.")
         if not torch.is_tensor(noise_level):
             noise_level = torch.tensor(float(noise_level))
-        if noise_level.shape not in ((), (1,), (batch_size,)):
-            raise ValueError(
-                f"`noise_level` must be a number or have shape ({batch_size},), one level per sample, but it has shape "
-                f"{tuple(noise_level.shape)}."
-            )
         # Elsewhere than on CPU this check would wait for the device.
         if noise_level.device.type == "cpu" and not torch.compiler.is_compiling():
             if not bool(((noise_level >= 0) & (noise_level <= 1000)).all()):
                 raise ValueError(f"`noise_level`={noise_level.tolist()} must be in [0, 1000]; 1000 is pure noise.")
-        return noise_level.to(device=device, dtype=torch.float32).expand(batch_size)
+        return _one_per_sample("noise_level", noise_level, "level", batch_size, device)
 
     def _prepare_class_labels(
         self,
@@ -2287,12 +2275,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         states, attention_mask, dropout_mask = text.states, text.attention_mask, text.dropout_mask
         config = self.config
         if config.cross_attention_dim is None:
-            given = {
-                "encoder_hidden_states": states,
-                "encoder_attention_mask": attention_mask,
-                "caption_dropout_mask": dropout_mask,
-            }
-            for name, tensor in given.items():
+            names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
+            for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
                 if tensor is not None:
                     raise ValueError(
                         f"`{name}` was given, but the model takes no text (`cross_attention_dim` is None)."
@@ -2333,12 +2317,22 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 )
 
 
-def _check_mask(name: str, mask: torch.Tensor, shape: tuple[int, ...], entries: str) -> None:
+def _check_mask(name: str, mask: torch.Tensor, shape: tuple[int, ...], entry: str) -> None:
     if mask.shape != shape or mask.dtype != torch.bool:
         raise ValueError(
-            f"`{name}` must be boolean of shape {shape}, one entry per {entries}, but it is {mask.dtype} of shape "
+            f"`{name}` must be boolean of shape {shape}, one entry per {entry}, but it is {mask.dtype} of shape "
             f"{tuple(mask.shape)}."
         )
+
+
+def _one_per_sample(name: str, tensor: torch.Tensor, entry: str, batch_size: int, device) -> torch.Tensor:
+    """Float32 of shape (B,), of one number or of one for each sample."""
+    if tensor.shape not in ((), (1,), (batch_size,)):
+        raise ValueError(
+            f"`{name}` must be a number or have shape ({batch_size},), one {entry} per sample, but it has shape "
+            f"{tuple(tensor.shape)}."
+        )
+    return tensor.to(device=device, dtype=torch.float32).expand(batch_size)
 
 
 # Speed: the products. Nothing from here on changes what the model computes.

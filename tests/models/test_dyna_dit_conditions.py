@@ -229,6 +229,16 @@ def test_text_made_in_inference_mode_is_not_prepared():
     assert_differ(after, before)
 
 
+def test_captions_are_not_dropped_in_preparation():
+    """Training mode drops captions in calls; what is prepared then is used in evaluation mode."""
+    arguments = text_inputs(same_time=True, with_null=False)
+    model = mixed_dyna_dit(arguments, caption_dropout_prob=1.0, **TEXT)
+    expected = run(model, arguments).sample
+    prepare(model.train(), arguments)
+    assert model._plan.keys_values
+    torch.testing.assert_close(run(model.eval(), arguments).sample, expected, **CLOSE)
+
+
 def test_plan_orders_heads_of_the_text_too():
     """A plan puts heads into an order of its own, which prepared keys and values follow."""
     arguments = text_inputs(same_time=True)
