@@ -388,30 +388,22 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
         num_styled = sum(sample != reference for sample, reference in enumerate(references))
         if num_styled == 0:
             return super().attend(query, key, value, None)
-        plain, styled, references = (
-            indices.to(query.device)
-            for indices in (
-                self._plain[: batch_size - num_styled],
-                self._styled[:num_styled],
-                self._sources[:num_styled],
-            )
-        )
+        indices = (self._plain[: batch_size - num_styled], self._styled[:num_styled], self._sources[:num_styled])
+        plain, styled, references = (index.to(query.device) for index in indices)
         output = torch.empty_like(query)
         if len(plain) > 0:
             output[plain] = super().attend(query[plain], key[plain], value[plain], None)
-        own = [
+        own_query, own_key = (
             torch.lerp(tensor[styled], _match_statistics(tensor[styled], tensor[references]), self.strength)
             for tensor in (query, key)
-        ]
+        )
         bias = None
         if self.strength < 1:  # a logit that is larger by its logarithm has so many times the weight
             bias = query.new_zeros(1, 1, 1, 2 * key.shape[1])
             bias[..., key.shape[1] :] = math.log(self.strength)
-        keys, values = (
-            torch.cat([own[1], key[references]], dim=1),
-            torch.cat([value[styled], value[references]], dim=1),
-        )
-        output[styled] = super().attend(own[0], keys, values, bias)
+        keys = torch.cat([own_key, key[references]], dim=1)
+        values = torch.cat([value[styled], value[references]], dim=1)
+        output[styled] = super().attend(own_query, keys, values, bias)
         return output
 
 
@@ -874,12 +866,7 @@ class DynaDiTBlock(nn.Module):
         return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
 
     def _attend_to_text(
-        self,
-        hidden_states: torch.Tensor,
-        call: _Call,
-        active_heads: tuple[int, ...] | None,
-        head_mask: torch.Tensor | None = None,
-        rows: torch.Tensor | slice = slice(None),
+        self, hidden_states, call: _Call, active_heads, head_mask=None, rows=slice(None)
     ) -> torch.Tensor:
         """What cross-attention adds to some samples of the batch."""
         if call.keys_values is None:
@@ -989,9 +976,7 @@ class DynaDiTBlock(nn.Module):
             part.addcmul_(gate[image], update)
         all_tokens.index_copy_(0, indices[:total], tokens)
 
-    def _keep_masks(
-        self, decision: _BlockDecision, hidden_states: torch.Tensor, selected: torch.Tensor | None
-    ) -> None:
+    def _keep_masks(self, decision: _BlockDecision, hidden_states: torch.Tensor, selected) -> None:
         """`masks` of the skipping form; `selected` holds the tokens as indices or a boolean mask, `None` is all."""
         token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
         if selected is not None and selected.dtype == torch.bool:
@@ -1077,16 +1062,7 @@ class DynaDiTBlock(nn.Module):
             self._keep_masks(decision, hidden_states, selected if ranks is None else selected[:, :count])
         return hidden_states
 
-    def _forward_traced(
-        self,
-        hidden_states: torch.Tensor,
-        modulation: torch.Tensor,
-        ranks,
-        is_kept,
-        key=None,
-        value=None,
-        text_mask=None,
-    ):
+    def _forward_traced(self, hidden_states, modulation, ranks, is_kept, key=None, value=None, text_mask=None):
         """
         The skipping form for `torch.compile`: the new tokens, and those that were selected, of which `is_kept`, (count, 1),
         leaves some as they were.
@@ -1268,19 +1244,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 self.null_caption = nn.Embedding(1, caption_channels or cross_attention_dim)
             if caption_channels is not None:
                 self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
+        num_heads, mlp_dim = num_attention_heads, round(dim * mlp_ratio)
         self.transformer_blocks = nn.ModuleList(
             [
-                DynaDiTBlock(
-                    dim,
-                    num_attention_heads,
-                    round(dim * mlp_ratio),
-                    router_mode,
-                    layer_idx,
-                    qk_norm,
-                    mlp_norm_eps,
-                    cross_attention_dim,
-                )
-                for layer_idx in range(num_layers)
+                DynaDiTBlock(dim, num_heads, mlp_dim, router_mode, i, qk_norm, mlp_norm_eps, cross_attention_dim)
+                for i in range(num_layers)
             ]
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
@@ -1597,15 +1565,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         hidden_states = self.norm_out(hidden_states, embedding)
         hidden_states = self.proj_out(hidden_states)
         patch_size = self.config.patch_size
+        rows, columns = height // patch_size, width // patch_size
         sample = rearrange(
-            hidden_states,
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=height // patch_size,
-            w=width // patch_size,
-            p=patch_size,
-            q=patch_size,
+            hidden_states, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
         )
-
         if not return_dict:
             return (sample, *masks)
         return DynaDiTTransformer2DModelOutput(sample, *masks)
@@ -1662,9 +1625,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """The time embedding, which is all that the routers see; float32, (B, D)."""
         return self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
 
-    def _add_conditions(
-        self, temb: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _add_conditions(self, temb: torch.Tensor, labels, noise_level) -> torch.Tensor:
         """The time embedding plus those of class and noise level, float32."""
         if labels is not None:
             temb = temb + self.class_embedding(labels).to(temb)
@@ -2040,16 +2001,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
     def _prepare_modulations(self, plan: "_Plan", temb: torch.Tensor, class_labels, noise_level) -> None:
         """Modulations at every pair of timestep and label, if they can be prepared and fit."""
-        level = None
-        if self.config.noise_level_conditioning:
-            if noise_level is None:
-                return
+        labels, level, has_level = None, None, self.config.noise_level_conditioning
+        if has_level and noise_level is not None:
             level = self._prepare_noise_level(noise_level, 1, temb.device)
-        if class_labels is None and self.class_embedding is not None:
+        is_known = (level is not None or not has_level) and (class_labels is not None or self.class_embedding is None)
+        if not is_known or not self._can_prepare("modulations", temb.device):
             return
-        if not self._can_prepare("modulations", temb.device):
-            return
-        labels = None
         if class_labels is not None:
             batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
             labels = self._prepare_class_labels(class_labels, None, batch_size, temb.device).unique()
@@ -2061,7 +2018,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         embedding = self._add_conditions(temb[:, None], labels, level)
         conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
         plan.modulations = [block._modulate(conditioning) for block in self._blocks]
-        plan.noise_level = noise_level if level is not None else None
+        plan.noise_level = noise_level if has_level else None
         if labels is not None:
             plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
             plan.label_rows = labels.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
@@ -2134,9 +2091,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             return plan.timesteps.index(time)
         return None
 
-    def _find_modulations(
-        self, step: int, class_labels, labels, batch_size: int, noise_level
-    ) -> list[torch.Tensor] | None:
+    def _find_modulations(self, step: int, class_labels, labels, batch_size: int, noise_level) -> list | None:
         """What was prepared for the labels, as given and as tensor on the device, and the noise level as given."""
         plan = self._plan
         if not plan.modulations or torch.is_tensor(noise_level) or noise_level != plan.noise_level:
@@ -2209,9 +2164,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             timestep = torch.tensor(timestep, dtype=torch.float32, device=device)
         return _one_per_sample("timestep", timestep, "time", batch_size, device)
 
-    def _prepare_noise_level(
-        self, noise_level: torch.Tensor | float | None, batch_size: int, device
-    ) -> torch.Tensor | None:
+    def _prepare_noise_level(self, noise_level, batch_size: int, device) -> torch.Tensor | None:
         if not self.config.noise_level_conditioning:
             if noise_level is not None:
                 raise ValueError("`noise_level` was given, but the model has no `noise_level_conditioning`.")
@@ -2227,12 +2180,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return _one_per_sample("noise_level", noise_level, "level", batch_size, device)
 
     def _prepare_class_labels(
-        self,
-        class_labels: torch.Tensor | None,
-        dropout_mask: torch.Tensor | None,
-        batch_size: int,
-        device,
-        may_drop: bool = False,
+        self, class_labels, dropout_mask, batch_size: int, device, may_drop: bool = False
     ) -> torch.Tensor | None:
         null_label = self.null_class_label
         if dropout_mask is not None:
@@ -2487,19 +2435,16 @@ class _CutWeights:
 
     def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
         """Memory for a layer, or what it has, emptied."""
-        num_slots, is_row = self.num_slots[layer], layer.dyna_dim[1]
+        num_slots, is_row, like = self.num_slots[layer], layer.dyna_dim[1], layer.weight
         width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
-        if slots is not None and (slots.weight.dtype, slots.weight.device) == (
-            layer.weight.dtype,
-            layer.weight.device,
-        ):
+        if slots is not None and (slots.weight.dtype, slots.weight.device) == (like.dtype, like.device):
             slots.groups = ()
             return slots
         if slots is not None:
             self.num_bytes -= _num_bytes((slots.weight, slots.bias))
             del self.slots[layer], slots
         with torch.inference_mode(False):  # else nothing could be written there outside of it
-            weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
+            weight = like.new_empty(num_slots, width // layer.num_heads, other)
             bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
         self.slots[layer] = _Slots(weight, bias)
         self.num_bytes += _num_bytes((weight, bias))
