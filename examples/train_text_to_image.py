@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains a dynamic diffusion transformer to draw what a caption says, from scratch or from a pipeline of classes or
-captions, in pixels or in the latents of a VAE.
+Trains a dynamic diffusion transformer to draw what a caption says, to fill holes in images or to enlarge them as it
+says, from scratch or from a pipeline of classes or captions, in pixels or in the latents of a VAE.
 
 A minute on a CPU, where the names of the digits are the captions, with any text encoder of transformers:
 
@@ -18,6 +18,14 @@ Your own pictures: a folder with metadata.jsonl, one line a picture, such as
     python examples/train_text_to_image.py --train_data_dir pictures --resolution 32 \
         --pretrained_model_name_or_path outputs/text-static --sort_by_importance --budget 0.6 \
         --router_learning_rate 1e-2 --output_dir outputs/text-0.6
+
+Inpainting and super-resolution with captions, from the weights, text encoder and tokenizer of that model (what is new
+starts at zero):
+
+    python examples/train_text_to_image.py --task inpaint --train_data_dir pictures --resolution 32 \
+        --pretrained_model_name_or_path outputs/text-static --static --output_dir outputs/text-inpaint
+    python examples/train_text_to_image.py --task upscale --upscale_factor 2 --train_data_dir pictures --resolution 32 \
+        --pretrained_model_name_or_path outputs/text-static --static --output_dir outputs/text-upscale
 
 From a model of classes (what reads the captions starts at zero, the classes become the null class), in the latents of a
 VAE, on eight GPUs (not run by the authors):

@@ -114,7 +114,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, with_captions: bool = Fa
     group.add_argument("--data_root", help="Folder with the IDX files of --dataset fashion-mnist, plain or .gz.")
     group.add_argument(
         "--train_data_dir",
-        help="Folder of images with metadata.jsonl or metadata.csv: the column file_name, and --caption_column."
+        help="Folder of images with metadata.jsonl or metadata.csv: the column file_name, and --caption_column. Only the "
+        "metadata at the top is read, whose file_name may lead into folders below."
         if with_captions
         else "Folder of images; an image's class is the name of its first folder.",
     )
