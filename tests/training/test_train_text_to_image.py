@@ -312,6 +312,24 @@ class TestTasks:
         assert np.abs(other - drawn["blue"]).max() > 0.02  # the same prompt and noise, of another image
 
     @pytest.mark.parametrize("task", TASKS)
+    def test_a_step_has_both_conditions(self, run_here, options, tmp_path, monkeypatch, task):
+        given, forward = [], DynaDiTTransformer2DModel.forward
+
+        def spy(model, hidden_states, *args, **kwargs):
+            given.append((hidden_states, kwargs))
+            return forward(model, hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(DynaDiTTransformer2DModel, "forward", spy)
+        settings = {"static": True, "max_train_steps": 1, "num_validation_images": 0, "caption_dropout_prob": 0.5}
+        run_here(tmp_path / "run", **options, **TASKS[task], **settings)
+        (hidden_states, conditions) = given[0]
+        assert hidden_states.shape[1] == 3 + {"inpaint": 4, "upscale": 3}[task]
+        states = conditions["encoder_hidden_states"]
+        assert states.shape[::2] == (16, 16) and states.flatten(1).unique(dim=0).shape[0] > 3
+        assert 0 < conditions["caption_dropout_mask"].sum() < 16
+        assert ("noise_level" in conditions) == (task == "upscale")
+
+    @pytest.mark.parametrize("task", TASKS)
     def test_a_validation_has_images_and_captions(self, script, run_here, options, tmp_path, monkeypatch, task):
         given = []
         pipeline = script.PIPELINES[task]
