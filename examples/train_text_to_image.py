@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains a dynamic diffusion transformer to draw what a caption says, from scratch or from a pipeline of classes or
-captions, in pixels or in the latents of a VAE.
+Trains a dynamic diffusion transformer to draw what a caption says, to fill holes in images or to enlarge them as it
+says, from scratch or from a pipeline of classes or captions, in pixels or in the latents of a VAE.
 
 A minute on a CPU, where the names of the digits are the captions, with any text encoder of transformers:
 
@@ -19,6 +19,14 @@ Your own pictures: a folder with metadata.jsonl, one line a picture, such as
         --pretrained_model_name_or_path outputs/text-static --sort_by_importance --budget 0.6 \
         --router_learning_rate 1e-2 --output_dir outputs/text-0.6
 
+Inpainting and super-resolution with captions, from the weights, text encoder and tokenizer of that model (what is new
+starts at zero):
+
+    python examples/train_text_to_image.py --task inpaint --train_data_dir pictures --resolution 32 \
+        --pretrained_model_name_or_path outputs/text-static --static --output_dir outputs/text-inpaint
+    python examples/train_text_to_image.py --task upscale --upscale_factor 2 --train_data_dir pictures --resolution 32 \
+        --pretrained_model_name_or_path outputs/text-static --static --output_dir outputs/text-upscale
+
 From a model of classes (what reads the captions starts at zero, the classes become the null class), in the latents of a
 VAE, on eight GPUs (not run by the authors):
 
@@ -33,23 +41,25 @@ the command with `--resume_from_checkpoint latest`: the weights end the same, bi
 """
 
 import argparse
-import os
 from pathlib import Path
 
-from accelerate.utils import set_seed
+from diffusers_dyna import DynaDiTInpaintPipeline, DynaDiTTextToImagePipeline, DynaDiTUpscalePipeline
+from diffusers_dyna.training import arguments, captions, data, dynamic, tasks
+from diffusers_dyna.training.run import TrainingRun, make_loader
 
-from diffusers_dyna import DynaDiTTextToImagePipeline
-from diffusers_dyna.conversion import sort_by_importance
-from diffusers_dyna.hub import check_can_publish
-from diffusers_dyna.training import arguments, captions, data, dynamic, latents, objectives, tasks
-from diffusers_dyna.training.randomness import keyed_seed
-from diffusers_dyna.training.run import TrainingRun, cache_latents, load_vae, make_loader
+
+PIPELINES = {
+    "generate": DynaDiTTextToImagePipeline,
+    "inpaint": DynaDiTInpaintPipeline,
+    "upscale": DynaDiTUpscalePipeline,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    arguments.add_task_arguments(parser)
     arguments.add_data_arguments(parser, with_captions=True)
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -64,10 +74,16 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max_sequence_length",
         type=int,
-        help="Tokens of a caption; longer ones are cut. Default: what the tokenizer says, 128 where it does not.",
+        help="Tokens of a caption; longer ones are cut. All batches are padded to the longest caption of the data, at a "
+        "cost in each step. Default: what the tokenizer says, 128 where it does not.",
     )
     group.add_argument("--caption_cache_dir", help="Where embeddings are kept. Default: captions in --output_dir.")
-    group.add_argument("--text_batch_size", type=int, default=32, help="Captions encoded at a time. Default: 32.")
+    group.add_argument(
+        "--text_batch_size",
+        type=int,
+        default=32,
+        help="Captions encoded at a time. Another one may round their embeddings differently. Default: 32.",
+    )
     arguments.add_latent_arguments(parser)
     group = arguments.add_transformer_arguments(parser)
     group.add_argument(
@@ -91,8 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
-    """Raises on everything that can be known to be wrong before data and model are touched."""
-    arguments.check_arguments(args)
+    """Raises on everything about this model that can be known to be wrong before data and model are touched."""
     arguments.check_transformer_arguments(args, defaults)
     for name in ("text_batch_size", "max_sequence_length", "cross_attention_dim"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -104,6 +119,7 @@ def check_arguments(args: argparse.Namespace, defaults: argparse.Namespace) -> N
             "`--coupling ot` is for models of classes or without conditions: every caption is a condition of its own, so "
             "that no two images could change their noise."
         )
+    arguments.check_task_arguments(args)
     find_text_encoder(args)
 
 
@@ -124,16 +140,7 @@ def find_text_encoder(args: argparse.Namespace) -> tuple[str, str | None]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_arguments(args, parser.parse_args([]))
-        # One process asks for all: the Hub limits how often a token may be checked.
-        if args.push_to_hub and os.environ.get("RANK", "0") == "0":
-            check_can_publish(args.hub_model_id or Path(args.output_dir).name)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return args
+    return arguments.parse_args(make_parser(), argv, check_arguments)
 
 
 def make_validation_prompts(args: argparse.Namespace, source: data.ImageSource) -> list[str]:
@@ -148,77 +155,53 @@ def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong is found before anything is written
     run = TrainingRun(args, "train_text_to_image", "transformer", can_shard=True)
     accelerator = run.accelerator
-    source = data.open_image_source(args, with_captions=True)
-    resolution = args.resolution or source.native_size or 32
-    vae = load_vae(args, accelerator.device)
-    channels, size = source.channels, resolution
-    transform = data.ImageTransform(resolution, channels, args.center_crop, args.random_flip)
-    if vae is not None:
-        transform = data.ImageTransform(resolution, vae.config.in_channels, args.center_crop, args.random_flip)
-        channels, size = vae.config.latent_channels, resolution // latents.downsampling_factor(vae)
+    task = tasks.ImageTask(run, with_captions=True)
     text_encoder, tokenizer = captions.load_text_encoder(*find_text_encoder(args))
     text_encoder.to(accelerator.device)
     # Saved with the tokenizer, so that the pipeline cuts its prompts where training cut the captions.
     tokenizer.model_max_length = captions.check_sequence_length(args.max_sequence_length, text_encoder, tokenizer)
-    expected = {
-        "sample_size": size,
-        "in_channels": channels,
-        "num_classes": None,
-        "learn_sigma": args.learn_sigma,
-        "condition_channels": 0,
-        "noise_level_conditioning": False,
-        "caption_channels": text_encoder.config.hidden_size,
-    }
+    expected = {**task.config, "num_classes": None, "caption_channels": text_encoder.config.hidden_size}
     if args.caption_dropout_prob is not None:
         expected["caption_dropout_prob"] = args.caption_dropout_prob
-    set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
     transformer = dynamic.make_transformer(args, run.checkpoint, expected, with_text=True)
-    if args.sort_by_importance and run.checkpoint is None:
-        sort_by_importance(transformer)
-    scheduler = objectives.make_training_scheduler(
-        args.objective,
-        args.ddpm_num_steps,
-        args.ddpm_beta_schedule,
-        args.learn_sigma,
-        in_latents=vae is not None,
-        path=args.path,
-        prediction_type=args.prediction_type,
-    )
     texts = captions.build_caption_cache(
         args.caption_cache_dir or run.output_dir / "captions",
-        source.captions,
+        task.source.captions,
         text_encoder,
         tokenizer,
         accelerator,
         batch_size=args.text_batch_size,
     )
+
+    def make_pipeline(model):
+        components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": task.vae}
+        return PIPELINES[args.task](model, task.scheduler, **components, **task.facts)
+
     # The steps read the cache and validation its own prompts, encoded once: the encoder leaves the device.
-    validation_inputs = None
+    validation_inputs = task.make_validation_inputs()
     if args.num_validation_images:
-        pipeline = DynaDiTTextToImagePipeline(transformer, scheduler, text_encoder, tokenizer, vae)
-        embeds, mask, _, _ = pipeline.encode_prompt(
-            make_validation_prompts(args, source), do_classifier_free_guidance=False, device=accelerator.device
+        embeds, mask, _, _ = make_pipeline(transformer).encode_prompt(
+            make_validation_prompts(args, task.source), do_classifier_free_guidance=False, device=accelerator.device
         )
-        validation_inputs = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        validation_inputs |= {"prompt_embeds": embeds, "prompt_attention_mask": mask}
     text_encoder.to("cpu")
-    if vae is not None:
-        source, transform = cache_latents(run, source, transform, vae), latents.LatentTransform(vae)
+    task.cache_latents()
 
     # 2. Model, optimizer, averages, data
     run.start(
         transformer,
-        scheduler,
-        lambda model: DynaDiTTextToImagePipeline(model, scheduler, text_encoder, tokenizer, vae),
-        source,
-        lambda run: make_loader(run, transform),
-        identity={"resolution": resolution, "captions": texts.fingerprint()},
+        task.scheduler,
+        make_pipeline,
+        task.source,
+        lambda run: make_loader(run, task.transform),
+        identity={**task.identity, "captions": texts.fingerprint()},
         defaults=vars(make_parser().parse_args([])),
         parameter_groups=dynamic.parameter_groups(transformer, args),
-        prepare=tasks.make_captioning(args.seed, accelerator.device, texts),
+        prepare=task.make_prepare(texts),
         validation_inputs=validation_inputs,
     )
     loss = dynamic.DynamicLoss(run, num_text_tokens=texts.num_tokens)
-    activity = dynamic.ActivityLog(run, transform)
+    activity = dynamic.ActivityLog(run, task.transform)
 
     # 3. Train
     for step in run.steps():

@@ -32,7 +32,6 @@ the command with `--resume_from_checkpoint latest`: the weights end the same, bi
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -40,7 +39,6 @@ import torch
 from accelerate.utils import set_seed
 
 from diffusers_dyna import DynaUNet2DModel, DynaUNetPipeline
-from diffusers_dyna.hub import check_can_publish
 from diffusers_dyna.training import arguments, data, objectives
 from diffusers_dyna.training.randomness import keyed_seed
 from diffusers_dyna.training.run import TrainingRun, make_loader
@@ -72,16 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        arguments.check_arguments(args)
-        # One process asks for all: the Hub limits how often a token may be checked.
-        if args.push_to_hub and os.environ.get("RANK", "0") == "0":
-            check_can_publish(args.hub_model_id or Path(args.output_dir).name)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return args
+    return arguments.parse_args(make_parser(), argv, lambda args, defaults: None)
 
 
 def make_unet(args: argparse.Namespace, source: data.ImageSource, resolution: int) -> DynaUNet2DModel:

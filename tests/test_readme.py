@@ -146,6 +146,6 @@ def test_every_block_runs(checkout, tmp_path_factory):
     assert (checkout / "outputs" / "caption-three.png").exists()
     for name in ("filled", "filled-without-training", "enlarged"):
         assert (checkout / "outputs" / f"{name}.png").exists()
-    models = ("dit-static", "dit-0.6", "dit-xl-2", "text-digits", "dit-inpaint", "dit-upscale")
+    models = ("dit-static", "dit-0.6", "dit-xl-2", "text-digits", "text-inpaint", "dit-inpaint", "dit-upscale")
     for name in ("digits", "photos", "flowers", *models):
         assert (checkout / "outputs" / name / "model_index.json").exists()

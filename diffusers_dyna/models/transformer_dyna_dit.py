@@ -2,6 +2,9 @@
 """
 A diffusion transformer whose compute follows timestep and token, in one file that also works when copied alone into a
 Hub repository.
+
+The model comes first: layers, attention and MLP, routers, the block, `DynaDiTTransformer2DModel`. Below it is what makes
+products and prepared trajectories fast, and what lets adapters, quantisers and hooks work with cut weights.
 """
 
 import math
@@ -45,6 +48,10 @@ TOKEN_RATE_SCALE = 1.01
 COMPILED = ()
 # diffusers' hooks that change a module's weights, unlike those of feature caches.
 WEIGHT_HOOKS = frozenset({"group_offloading", "layerwise_casting"})
+CANNOT_CUT = (
+    "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a plain "
+    "LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
+)
 
 
 def _presets() -> dict[str, dict]:
@@ -86,73 +93,6 @@ def round_to_nearest(input_size: int, width_mult: float, num_heads: int, min_val
     return max(int(round(num_heads * width_mult) * input_size / num_heads), min_value)
 
 
-@torch.compiler.assume_constant_result
-def _has_onednn(dtype: torch.dtype) -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
-
-
-def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, where nothing but the value is asked for."""
-    return (
-        input.device.type == "cpu"
-        and input.dtype == weight.dtype
-        and not _is_transformed()
-        and type(input) is torch.Tensor
-        and type(weight) in (torch.Tensor, nn.Parameter)
-        and input.numel() > 0
-        and weight.shape[0] > 1  # a product with one row of weights takes it twice the time
-        and _has_onednn(weight.dtype)
-    )
-
-
-def _is_transformed() -> bool:
-    """Whether gradients, autocast, `torch.func` or forward-mode differentiation ask for more, which oneDNN's lacks."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _onednn_linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool
-) -> torch.Tensor:
-    gelu = ("gelu", [], "tanh") if with_gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, *gelu)
-
-
-# As an operator of its own for compiled graphs: inductor takes oneDNN's only with constant weights.
-if not hasattr(torch.ops.diffusers_dyna, "linear"):  # this file may be loaded twice, also as a copy from the Hub
-    torch.library.custom_op("diffusers_dyna::linear", _onednn_linear, mutates_args=()).register_fake(
-        lambda input, weight, bias, with_gelu: input.new_empty((*input.shape[:-1], weight.shape[0]))
-    )
-
-
-def _linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool = False
-) -> torch.Tensor:
-    """
-    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN, with GELU fused: the static model
-    is twice as fast in float32 on an AMD processor with AVX-512 (`python examples/benchmark.py --only static`).
-    """
-    if _can_use_onednn(input, weight):
-        is_compiling = torch.compiler.is_compiling()
-        linear = torch.ops.diffusers_dyna.linear if is_compiling else _onednn_linear
-        return linear(input, _without_gaps(weight), bias, with_gelu)
-    output = F.linear(input, weight, bias)
-    return F.gelu(output, approximate="tanh") if with_gelu else output
-
-
-def _without_gaps(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix by rows or by columns. With gaps between them, oneDNN would take its reference implementation."""
-    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
-
-
 class DynaDenseLinear(nn.Linear):
     """A Linear that takes the faster of torch's products."""
 
@@ -172,10 +112,10 @@ class DynaLinear(nn.Linear):
         num_heads (`int`): groups that the dynamic sides consist of.
         bias (`bool`, defaults to `True`): whether a bias is added.
         dyna_dim (`tuple[bool, bool]`, defaults to `(True, True)`): whether the input and the output shrink.
+        num_stacked (`int`, defaults to `1`):
+            Matrices of the same width that the rows consist of, each cut to the same groups. With all groups the output
+            comes as they are stacked, one matrix after the other; with some of them group after group.
     """
-
-    # How many matrices of the same width are stacked in the rows; every one of them is cut to the same groups.
-    num_stacked = 1
 
     def __init__(
         self,
@@ -184,10 +124,12 @@ class DynaLinear(nn.Linear):
         num_heads: int,
         bias: bool = True,
         dyna_dim: tuple[bool, bool] = (True, True),
+        num_stacked: int = 1,
     ):
         super().__init__(in_features, out_features, bias)
         self.num_heads = num_heads
         self.dyna_dim = dyna_dim
+        self.num_stacked = num_stacked
         self.width_mult = 1.0
         self._cut_weights = None  # while a trajectory is prepared: the store that the layers of the model share
         self._merged_adapters = ()  # into the weights, through `.data`
@@ -273,8 +215,7 @@ class DynaLinear(nn.Linear):
 
 class DynaQKVLinear(DynaLinear):
     """
-    Query, key and value in one product, each cut to the same heads. All heads come as the weights are stacked, queries,
-    then keys, then values; some of them head after head, each with its query, key and value.
+    Query, key and value in one product, each cut to the same heads.
 
     Args:
         dim (`int`): width of the input, and of each of the three outputs.
@@ -282,148 +223,8 @@ class DynaQKVLinear(DynaLinear):
         bias (`bool`, defaults to `True`): whether a bias is added.
     """
 
-    num_stacked = 3
-
     def __init__(self, dim: int, num_heads: int, bias: bool = True):
-        super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True))
-
-
-class DynaKVLinear(DynaLinear):
-    """
-    Key and value of cross-attention in one product, each cut to the same heads. All heads come as the weights are
-    stacked, keys, then values; some of them head after head, each with its key and value.
-
-    Args:
-        in_features (`int`): width of the input.
-        dim (`int`): width of each of the two outputs.
-        num_heads (`int`): attention heads.
-        bias (`bool`, defaults to `True`): whether a bias is added.
-    """
-
-    num_stacked = 2
-
-    def __init__(self, in_features: int, dim: int, num_heads: int, bias: bool = True):
-        super().__init__(in_features, 2 * dim, num_heads, bias, dyna_dim=(False, True))
-
-
-def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
-    # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
-    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 != group] + [len(groups)]
-    runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
-
-
-@dataclass
-class _Slots:
-    """
-    Memory for the groups of one layer, one after the other, rows or columns alike. A set of groups lies in the first of
-    them; `cut`, its weight and bias, are views.
-    """
-
-    weight: torch.Tensor  # (slots, channels of all stacked matrices, width of the other side)
-    bias: torch.Tensor | None
-    cut: tuple[torch.Tensor, torch.Tensor | None] = (None, None)
-    groups: tuple[int, ...] = ()
-    state: tuple = ()
-    sources: tuple = ()  # held, so that nothing else comes to lie at their addresses
-
-
-class _CutWeights:
-    """
-    The cut weights of a prepared trajectory: for each layer the set of groups that it ran with last. To go on to another
-    set, only the groups are copied that were not at their place.
-    """
-
-    def __init__(self, max_bytes: int, num_bytes: int = 0):
-        self.max_bytes, self.num_bytes = max_bytes, num_bytes
-        self.num_slots = {}  # by layer; what is not in here is cut in each call
-        self.slots = {}
-
-    def admit(self, num_slots: dict[DynaLinear, int]) -> None:
-        """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
-        num_bytes = self.num_bytes
-        for layer, count in num_slots.items():
-            sources = (layer.weight, layer.bias) if layer.dyna_dim[1] else (layer.weight,)
-            size = _num_bytes(sources) * count // layer.num_heads
-            if num_bytes + size <= self.max_bytes:
-                self.num_slots[layer] = count
-                num_bytes += size
-
-    def get(
-        self, layer: DynaLinear, groups, low_rank, with_full: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `DynaLinear._cut`; what an earlier call got is no longer valid."""
-        is_full = len(groups) == layer.num_heads and not with_full
-        if is_full or len(groups) > self.num_slots.get(layer, 0) or _is_captured(layer.weight):
-            return layer._cut(groups, low_rank, with_full)
-        sources = (layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2]))
-        state = (_signature(sources), layer._merged_adapters, *(scale for *_, scale in low_rank))
-        slots = self.slots.get(layer)
-        if slots is None or slots.state != state:
-            # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
-            # Nor does a weight made in inference mode tell when it is written to.
-            if _has_hooks(layer) or any(source is not None and source.is_inference() for source in sources):
-                return layer._cut(groups, low_rank, with_full)
-            slots = self._allocate(layer, slots)
-            slots.state = state
-            slots.sources = tuple(source.detach() for source in sources if source is not None)
-        if slots.groups != groups:
-            self._fill(slots, layer, groups, low_rank)
-        return slots.cut
-
-    def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
-        """Memory for a layer, or what it has, emptied."""
-        num_slots, is_row = self.num_slots[layer], layer.dyna_dim[1]
-        width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
-        if slots is not None and (slots.weight.dtype, slots.weight.device) == (
-            layer.weight.dtype,
-            layer.weight.device,
-        ):
-            slots.groups = ()
-            return slots
-        if slots is not None:
-            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
-            del self.slots[layer], slots
-        with torch.inference_mode(False):  # else nothing could be written there outside of it
-            weight = layer.weight.new_empty(num_slots, width // layer.num_heads, other)
-            bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
-        self.slots[layer] = _Slots(weight, bias)
-        self.num_bytes += _num_bytes((weight, bias))
-        return self.slots[layer]
-
-    def _fill(self, slots: _Slots, layer: DynaLinear, groups, low_rank) -> None:
-        is_row, bias = layer.dyna_dim[1], layer.bias
-        old, slots.groups = slots.groups, ()  # until all of it is there: an error may end the loop
-        for place, group in enumerate(groups):
-            if place < len(old) and old[place] == group:
-                continue
-            weight, group_bias = layer._cut((group,), low_rank)
-            slots.weight[place].copy_(weight if is_row else weight.t())
-            if slots.bias is not None:
-                slots.bias[place].copy_(group_bias)
-        weight = slots.weight[: len(groups)].flatten(0, 1)
-        if is_row and bias is not None:
-            bias = slots.bias[: len(groups)].flatten()
-        slots.cut = (weight if is_row else weight.t(), bias)
-        slots.groups = groups
-
-
-def _is_captured(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, which would read what other calls put into the same memory."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _num_bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _signature(tensors) -> tuple:
-    """Changes when a tensor is replaced, cast, moved, or written in place (not through `.data`)."""
-    return tuple(
-        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
-        for tensor in tensors
-        if tensor is not None
-    )
+        super().__init__(dim, 3 * dim, num_heads, bias, dyna_dim=(False, True), num_stacked=3)
 
 
 class DynaFloat32Linear(nn.Linear):
@@ -578,16 +379,6 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        r"""
-        Args:
-            query (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the heads that are computed.
-            key (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the same heads.
-            value (`torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`): of the same heads.
-            attention_mask (`None`): self-attention has no mask.
-
-        Returns:
-            `torch.Tensor` with the shape of `query`.
-        """
         batch_size, references = len(query), self.references[: len(query)]
         if batch_size > len(references) or max(references) >= batch_size:
             raise ValueError(
@@ -597,30 +388,22 @@ class DynaSharedAttnProcessor(DynaAttnProcessor):
         num_styled = sum(sample != reference for sample, reference in enumerate(references))
         if num_styled == 0:
             return super().attend(query, key, value, None)
-        plain, styled, references = (
-            indices.to(query.device)
-            for indices in (
-                self._plain[: batch_size - num_styled],
-                self._styled[:num_styled],
-                self._sources[:num_styled],
-            )
-        )
+        indices = (self._plain[: batch_size - num_styled], self._styled[:num_styled], self._sources[:num_styled])
+        plain, styled, references = (index.to(query.device) for index in indices)
         output = torch.empty_like(query)
         if len(plain) > 0:
             output[plain] = super().attend(query[plain], key[plain], value[plain], None)
-        own = [
+        own_query, own_key = (
             torch.lerp(tensor[styled], _match_statistics(tensor[styled], tensor[references]), self.strength)
             for tensor in (query, key)
-        ]
+        )
         bias = None
         if self.strength < 1:  # a logit that is larger by its logarithm has so many times the weight
             bias = query.new_zeros(1, 1, 1, 2 * key.shape[1])
             bias[..., key.shape[1] :] = math.log(self.strength)
-        keys, values = (
-            torch.cat([own[1], key[references]], dim=1),
-            torch.cat([value[styled], value[references]], dim=1),
-        )
-        output[styled] = super().attend(own[0], keys, values, bias)
+        keys = torch.cat([own_key, key[references]], dim=1)
+        values = torch.cat([value[styled], value[references]], dim=1)
+        output[styled] = super().attend(own_query, keys, values, bias)
         return output
 
 
@@ -653,7 +436,7 @@ class DynaAttention(nn.Module, AttentionModuleMixin):
         self.is_cross_attention = cross_attention_dim is not None
         if self.is_cross_attention:
             self.to_q = DynaLinear(dim, dim, num_heads, dyna_dim=(False, True))
-            self.to_kv = DynaKVLinear(cross_attention_dim, dim, num_heads)
+            self.to_kv = DynaLinear(cross_attention_dim, 2 * dim, num_heads, dyna_dim=(False, True), num_stacked=2)
         else:
             self.qkv = DynaQKVLinear(dim, num_heads)
         self.norm_q = QK_NORMS[qk_norm](self.head_dim, eps=1e-6) if qk_norm else None
@@ -767,56 +550,6 @@ class DynaMLP(nn.Module):
         return _run_linear(self.fc2, hidden_states, active_groups)
 
 
-def _run_linear(
-    layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None, with_gelu: bool = False
-) -> torch.Tensor:
-    """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
-    if isinstance(layer, DynaLinear):
-        return layer(hidden_states, groups, with_gelu=with_gelu)
-    if groups == COMPILED:
-        return layer.base_layer(hidden_states, groups, with_gelu=with_gelu)
-    if groups is not None and len(groups) < layer.base_layer.num_heads:
-        return layer.base_layer(hidden_states, groups, _low_rank_factors(layer), with_gelu)
-    hidden_states = layer(hidden_states)
-    return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
-
-
-def _base_layer(layer: nn.Module) -> nn.Module:
-    """The [`DynaLinear`] itself, under whatever adapter."""
-    return layer if isinstance(layer, DynaLinear) else layer.base_layer
-
-
-def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
-    """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
-    if not isinstance(getattr(layer, "base_layer", None), DynaLinear):
-        return None
-    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # AdaLoRA has parameters there
-        return None
-    if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as the layer's own forward does
-    layer.base_layer._merged_adapters = tuple(layer.merged_adapters)
-    if layer.merged or layer.disable_adapters:
-        return []
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
-    if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
-        return None
-    # Dropout acts on the input of the adapter, which a weight cannot hold.
-    if layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in active):
-        return None
-    if any(_has_hooks(factors[name]) for name in active for factors in (layer.lora_A, layer.lora_B)):
-        return None
-    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
-
-
-def _can_cut(layer: nn.Module) -> bool:
-    if not isinstance(layer, DynaLinear):
-        if _low_rank_factors(layer) is None:
-            return False
-        layer = layer.base_layer
-    return type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
-
-
 class DynaTokenSelection(nn.Module):
     """
     The score of each token for the MLP: Linear to a sixteenth of the width, ReLU, Linear, in float32.
@@ -835,11 +568,6 @@ class DynaTokenSelection(nn.Module):
         return self.linear_2(F.relu(self.linear_1(hidden_states))).squeeze(-1)  # (B, N)
 
 
-def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-    """The value of `hard` with the gradient of `soft`."""
-    return hard + (soft - soft.detach()) if soft.requires_grad else hard
-
-
 def _threshold_gates(logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """DyDiT's gates: sigmoid(logit) > 0.5; in training a hard Gumbel-sigmoid with straight-through gradient."""
     if noise is not None:
@@ -852,11 +580,6 @@ def _capacity_gates(logits: torch.Tensor) -> torch.Tensor:
     probability = torch.sigmoid(logits / GATE_TEMPERATURE)
     count = probability.sum(dim=-1, keepdim=True).round()
     return _straight_through((_ranks(logits) < count).float(), probability)
-
-
-def _ranks(scores: torch.Tensor) -> torch.Tensor:
-    """0 for the highest score of each row; among equals the first comes first."""
-    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
@@ -879,22 +602,89 @@ def _capacity_token_gates(scores: torch.Tensor, rate: torch.Tensor) -> torch.Ten
     return _straight_through(hard, torch.sigmoid((scores - quantile) / spread))
 
 
+def _ranks(scores: torch.Tensor) -> torch.Tensor:
+    """0 for the highest score of each row; among equals the first comes first."""
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """The value of `hard` with the gradient of `soft`."""
+    return hard + (soft - soft.detach()) if soft.requires_grad else hard
+
+
+# The distinct sets of heads or groups in a batch, each with the indices of its samples; `None` is all of them.
+_Partition = list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
+
+
 @dataclass
 class _BlockDecision:
     """
-    What one block computes in the skipping form, known on the host. `heads`, `groups` and, of a text model, `cross_heads`
-    list the distinct sets of the batch (`None`: all), each with the indices of its samples (`None`: all of them);
-    `token_rates` is one rate for all samples or one each, and `None` where a threshold decides.
+    What one block computes in the skipping form, known on the host. `token_rates` is one rate for all samples or one
+    each, and `None` where a threshold decides.
     """
 
-    heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
-    groups: list[tuple[torch.Tensor | None, tuple[int, ...] | None]]
-    token_rates: list[float] | None
-    cross_heads: list[tuple[torch.Tensor | None, tuple[int, ...] | None]] | None = None
+    heads: _Partition
+    groups: _Partition
+    cross_heads: _Partition | None = None  # of a text model
+    token_rates: list[float] | None = None
+
+    def partitions(self) -> list[_Partition]:
+        return [part for part in (self.heads, self.groups, self.cross_heads) if part is not None]
 
     def token_counts(self, num_tokens: int) -> list[int]:
         # The float32 arithmetic of the masked form: its rates are float32, so only the product is rounded.
         return [round(struct.unpack("f", struct.pack("f", rate * num_tokens))[0]) for rate in self.token_rates]
+
+
+def _partition(sets: list[tuple[int, ...]], device) -> _Partition:
+    samples = {}
+    for sample, active in enumerate(sets):
+        samples.setdefault(active, []).append(sample)
+    if len(samples) == 1:
+        return [(None, sets[0])]
+    return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+
+
+@dataclass
+class _Text:
+    """The captions of a batch as the model is given them. Without states it is the null caption for all."""
+
+    states: torch.Tensor | None  # (B, L, caption_channels)
+    attention_mask: torch.Tensor | None  # (B, L)
+    dropout_mask: torch.Tensor | None  # (B,)
+
+    @property
+    def length(self) -> int:
+        return 1 if self.states is None else self.states.shape[1]
+
+    @property
+    def sources(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What keys and values are made of."""
+        return self.states, self.dropout_mask
+
+    def key_mask(self, device: torch.device) -> torch.Tensor | None:
+        """False where a token is left out, (B, 1, 1, L)."""
+        if self.attention_mask is None:
+            return None
+        mask = self.attention_mask.to(device)
+        if self.dropout_mask is not None:  # all tokens of the null caption are the same, and there must be one
+            mask = mask | self.dropout_mask.to(device)[:, None]
+        return mask[:, None, None]
+
+    def is_part_of(self, other: "_Text") -> bool:
+        """Whether keys and values are made of the memory that another text's are: all of it, or the leading samples."""
+        for tensor, whole in zip(self.sources, other.sources, strict=True):
+            if tensor is None or whole is None:
+                if tensor is not whole:
+                    return False
+            elif (
+                len(tensor) > len(whole)
+                or tensor.shape[1:] != whole.shape[1:]
+                or tensor.stride() != whole.stride()
+                or _signature([tensor]) != _signature([whole])
+            ):
+                return False
+        return True
 
 
 @dataclass
@@ -905,30 +695,12 @@ class _Call:
     num_active: int  # leading groups that `width_mult` leaves
     output_masks: bool = False
     gate_noise: torch.Tensor | None = None
+    step: int | None = None  # of the prepared trajectory
     decisions: list[_BlockDecision] | None = None  # by layer
     modulations: list[torch.Tensor] | None = None  # by layer, (B, 6, D)
-    text: torch.Tensor | None = None  # (B, L, cross_attention_dim)
+    text: torch.Tensor | None = None  # (B, L, cross_attention_dim), unless keys and values are prepared
     text_mask: torch.Tensor | None = None  # (B, 1, 1, L)
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of the text, by layer, all heads
-
-
-@dataclass
-class _Plan:
-    """A prepared trajectory."""
-
-    timesteps: list[float]
-    decisions: list[list[_BlockDecision]]  # by step and layer
-    cut_weights: _CutWeights
-    signature: tuple = ()
-    class_labels: torch.Tensor | None = None
-    label_signature: tuple = ()
-    label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
-    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
-    noise_level: float | None = None
-    step: int | None = None
-    text: tuple = ()  # states and dropout mask that keys and values were made of
-    text_signature: tuple = ()
-    keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
 
 class DynaDiTBlock(nn.Module):
@@ -1010,21 +782,14 @@ class DynaDiTBlock(nn.Module):
             return self._call_traced(forward_traced, hidden_states, modulation, call)
         return self._forward_skipping(hidden_states, modulation, call)
 
-    def compile(self, *args, **kwargs) -> None:
-        """
-        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that a few of them
-        serve every decision.
+    @property
+    def has_text(self) -> bool:
+        """Whether the block attends to a text."""
+        return self.cross_attn is not None
 
-        Args:
-            args (`tuple`): of `torch.compile`.
-            kwargs (`dict`): of `torch.compile`.
-        """
-        self._compiled = tuple(
-            torch.compile(function, *args, **kwargs) for function in (self._forward_dense, self._forward_traced)
-        )
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_compiled": None}
+    def group_routers(self) -> list[DynaFloat32Linear]:
+        """The routers of the heads, of the channel groups and, with a text, of the heads that attend to it."""
+        return [self.attn_rate, self.mlp_rate, *([self.cross_attn_rate] if self.has_text else [])]
 
     def _forward_dense(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, conditioning: torch.Tensor, call: _Call
@@ -1032,16 +797,17 @@ class DynaDiTBlock(nn.Module):
         """The complete and the masked form."""
         modulation = self._modulate(conditioning)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
-        masks = [None, None, None]
         active = tuple(range(call.num_active)) if call.num_active < self.num_groups else None
-        if call.form != "complete":
-            masks[: 2 + self.has_text] = (mask[:, : call.num_active] for mask in self._group_masks(temb, call))
-        head_mask, channel_mask, cross_mask = masks
+        if call.form == "complete":
+            masks = [None] * len(self.group_routers())
+        else:
+            masks = [mask[:, : call.num_active] for mask in self._group_masks(temb, call)]
+        head_mask, channel_mask, *cross_mask = masks
 
         attn_output = self.attn(self.norm1(hidden_states) * scale + shift, head_mask, active)
         hidden_states = hidden_states + gate * attn_output
         if self.has_text:
-            hidden_states = hidden_states + self._attend_to_text(hidden_states, call, active, cross_mask)
+            hidden_states = hidden_states + self._attend_to_text(hidden_states, call, active, *cross_mask)
 
         if call.form != "complete":
             token_mask, token_rate = self._token_mask(hidden_states, temb, call)
@@ -1051,54 +817,14 @@ class DynaDiTBlock(nn.Module):
 
         if call.output_masks:
             if call.form == "complete":
-                masks = [temb.new_ones(len(temb), call.num_active)] * 3
+                masks = [temb.new_ones(len(temb), call.num_active)] * len(masks)
                 token_mask = temb.new_ones(hidden_states.shape[:2])
                 token_rate = token_mask.mean(dim=1)
             num_off = self.num_groups - call.num_active
-            self.masks = (*(F.pad(mask, (0, num_off)) for mask in masks[: 2 + self.has_text]), token_mask, token_rate)
+            self.masks = (*(F.pad(mask, (0, num_off)) for mask in masks), token_mask, token_rate)
         return hidden_states
 
-    @property
-    def has_text(self) -> bool:
-        """Whether the block attends to a text."""
-        return self.cross_attn is not None
-
-    def _attend_to_text(
-        self,
-        hidden_states: torch.Tensor,
-        call: _Call,
-        active_heads: tuple[int, ...] | None,
-        head_mask: torch.Tensor | None = None,
-        rows: torch.Tensor | slice = slice(None),
-    ) -> torch.Tensor:
-        """What cross-attention adds to some samples of the batch."""
-        text_mask = None if call.text_mask is None else call.text_mask[rows]
-        text = {"encoder_hidden_states": None if call.text is None else call.text[rows]}
-        if call.keys_values is not None:
-            text = {"key_value": self._keys_and_values(call, active_heads, rows)}
-        return self.cross_attn(
-            self.norm_cross(hidden_states), head_mask, active_heads, attention_mask=text_mask, **text
-        )
-
-    def _keys_and_values(self, call: _Call, active_heads, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the text, for the active heads: prepared ones, or new ones."""
-        if call.keys_values is None:
-            return self.cross_attn.keys_and_values(call.text[rows], active_heads)
-        key, value = (states[rows] for states in call.keys_values[self.layer_idx])
-        if active_heads is None or len(active_heads) == self.num_groups:
-            return key, value
-        return _take(key, active_heads, dim=2), _take(value, active_heads, dim=2)
-
-    def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
-        return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
-
-    def group_routers(self) -> list[DynaFloat32Linear]:
-        """The routers of the heads, of the channel groups and, with a text, of the heads that attend to it."""
-        return [self.attn_rate, self.mlp_rate, *([self.cross_attn_rate] if self.has_text else [])]
-
-    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> tuple[torch.Tensor, ...]:
+    def _group_masks(self, temb: torch.Tensor, call: _Call | None = None) -> list[torch.Tensor]:
         """Masks of what [`group_routers`] choose, (B, groups) each, at full width. Without a call: as in inference."""
         masks = []
         for i, router in enumerate(self.group_routers()):
@@ -1106,10 +832,9 @@ class DynaDiTBlock(nn.Module):
             if self.router_mode == "capacity":
                 gates = _capacity_gates(logits)
             else:
-                noise = self._noise(logits, call, i * (self.num_groups - 1)) if call is not None else None
-                gates = _threshold_gates(logits, noise)
+                gates = _threshold_gates(logits, self._noise(logits, call, i * (self.num_groups - 1)))
             masks.append(F.pad(gates, (1, 0), value=1.0))
-        return tuple(masks)
+        return masks
 
     def _token_mask(self, hidden_states: torch.Tensor, temb: torch.Tensor, call: _Call) -> tuple[torch.Tensor, ...]:
         """The mask of the tokens, (B, N), and the share that is on, (B,); both with gradients."""
@@ -1127,13 +852,40 @@ class DynaDiTBlock(nn.Module):
         """The share of tokens to keep, (B,). Values above 1 stand for 1."""
         return TOKEN_RATE_SCALE * torch.sigmoid(self.token_rate(temb).squeeze(1))
 
-    def _noise(self, logits: torch.Tensor, call: _Call, first: int) -> torch.Tensor | None:
-        if not self.training:
+    def _noise(self, logits: torch.Tensor, call: _Call | None, first: int) -> torch.Tensor | None:
+        if call is None or not self.training:
             return None
         if call.gate_noise is None:
             return torch.rand_like(logits)
         noise = call.gate_noise.index_select(1, self.layer_index)[:, 0]
         return noise[:, first : first + logits.shape[1]].to(logits)
+
+    def _modulate(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """Shift, scale and gate of attention, and of the MLP, (..., 6, D); what the scales multiply is 1 + theirs."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
+        return torch.stack([shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate], dim=-2)
+
+    def _attend_to_text(
+        self, hidden_states, call: _Call, active_heads, head_mask=None, rows=slice(None)
+    ) -> torch.Tensor:
+        """What cross-attention adds to some samples of the batch."""
+        if call.keys_values is None:
+            text = {"encoder_hidden_states": call.text[rows]}
+        else:
+            text = {"key_value": self._keys_and_values(call, active_heads, rows)}
+        text_mask = None if call.text_mask is None else call.text_mask[rows]
+        return self.cross_attn(
+            self.norm_cross(hidden_states), head_mask, active_heads, attention_mask=text_mask, **text
+        )
+
+    def _keys_and_values(self, call: _Call, active_heads, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the text, for the active heads: prepared ones, or new ones."""
+        if call.keys_values is None:
+            return self.cross_attn.keys_and_values(call.text[rows], active_heads)
+        key, value = (states[rows] for states in call.keys_values[self.layer_idx])
+        if active_heads is None or len(active_heads) == self.num_groups:
+            return key, value
+        return _take(key, active_heads, dim=2), _take(value, active_heads, dim=2)
 
     def _forward_skipping(self, hidden_states: torch.Tensor, modulation: torch.Tensor, call: _Call) -> torch.Tensor:
         """The same as the masked form in evaluation mode, computing only what is on, in few passes over memory."""
@@ -1171,106 +923,24 @@ class DynaDiTBlock(nn.Module):
             self._keep_masks(decision, hidden_states, selected if count is None else selected[:, :count])
         return hidden_states
 
-    def _keep_masks(
-        self, decision: _BlockDecision, hidden_states: torch.Tensor, selected: torch.Tensor | None
-    ) -> None:
-        token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
-        if selected is not None and selected.dtype == torch.bool:
-            token_mask = selected.float()
-        elif selected is not None:
-            token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
-        parts = (decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else []))
-        self.masks = (*(self._mask_of(part, token_mask) for part in parts), token_mask, token_mask.mean(dim=1))
-
-    def _can_trace(self, decision: _BlockDecision, num_tokens: int) -> bool:
+    def _select_tokens(
+        self, hidden_states: torch.Tensor, decision: _BlockDecision
+    ) -> tuple[torch.Tensor | None, int | None]:
         """
-        What runs eagerly in a compiled block: sizes of 0 and 1, which would be compiled apart, samples with decisions of
-        their own, and layers whose weights are there only while they run.
+        The tokens that take the MLP: `None` is all; where the counts are known and the same for every image their
+        indices, (B, count or more), and the count; else a boolean mask, (B, N).
         """
-        partitions = [decision.heads, decision.groups, *([decision.cross_heads] if self.has_text else [])]
-        if max(*map(len, partitions), len(decision.token_rates or [1])) > 1:
-            return False
-        counts = [] if decision.token_rates is None else decision.token_counts(num_tokens)
-        if min(*(len(active) for ((_, active),) in partitions), *counts) < 2:
-            return False
-        return not any(_has_hooks(layer) or _has_hooks(_base_layer(layer)) for layer in self._cut_layers())
-
-    def _cut_layers(self) -> tuple[nn.Module, ...]:
-        """Each a [`DynaLinear`], or what an adapter or a quantiser has put in its place."""
-        layers = (self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2)
-        if not self.has_text:
-            return layers
-        return (*layers, self.cross_attn.to_q, self.cross_attn.to_out[0], self.cross_attn.to_kv)
-
-    def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
-        """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
-        decision, num_tokens = call.decisions[self.layer_idx], hidden_states.shape[1]
-        ranks = is_kept = count = None
-        if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
-            num_ranks = min(_fill_up(count, len(hidden_states), hidden_states.device), num_tokens)
-            ranks = torch.arange(num_ranks, device=hidden_states.device)
-            is_kept = (ranks < count)[:, None]
-            for tensor in (ranks, is_kept):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        (_, heads), (_, groups) = decision.heads[0], decision.groups[0]
-        layers, actives, text = self._cut_layers()[:6], [heads, heads, groups, groups], ()
-        if self.has_text:
-            ((_, cross_heads),) = decision.cross_heads
-            actives += [cross_heads, cross_heads]
-            key, value = (states.contiguous() for states in self._keys_and_values(call, cross_heads))
-            for tensor in (key, value):
-                torch._dynamo.maybe_mark_dynamic(tensor, 2)
-            text = (key, value, call.text_mask)
-        try:
-            for layer, active in zip(layers, actives, strict=True):
-                low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
-                base_layer = _base_layer(layer)
-                base_layer._traced_weights = base_layer._dense_weights(active, low_rank)
-            hidden_states, selected = forward_traced(hidden_states, modulation, ranks, is_kept, *text)
-        finally:
-            for layer in layers:
-                _base_layer(layer)._traced_weights = None
-        if call.output_masks:
-            self._keep_masks(decision, hidden_states, selected if ranks is None else selected[:, :count])
-        return hidden_states
-
-    def _forward_traced(
-        self,
-        hidden_states: torch.Tensor,
-        modulation: torch.Tensor,
-        ranks,
-        is_kept,
-        key=None,
-        value=None,
-        text_mask=None,
-    ):
-        """
-        The skipping form for `torch.compile`: the new tokens, and those that were selected, of which `is_kept`, (count, 1),
-        leaves some as they were.
-        """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
-        attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=COMPILED)
-        hidden_states = torch.addcmul(hidden_states, gate, attn_output)
-        if key is not None:
-            hidden_states = hidden_states + self.cross_attn(
-                self.norm_cross(hidden_states), None, COMPILED, attention_mask=text_mask, key_value=(key, value)
-            )
-        tokens, selected, indices = hidden_states, None, None
-        if ranks is not None:
-            scores = self.token_selection(hidden_states)
-            selected = scores.argsort(dim=1, descending=True, stable=True).index_select(1, ranks)
-            first = torch.arange(0, scores.numel(), scores.shape[1], device=scores.device)
-            indices = (selected + first[:, None]).flatten()
-            tokens = hidden_states.flatten(0, 1).index_select(0, indices).unflatten(0, selected.shape)
-        elif self.router_mode == "threshold":  # how many are on is known on the device only, so all are computed
-            selected = self.token_selection(hidden_states) > 0
-            mlp_gate = mlp_gate * selected[:, :, None].to(mlp_gate.dtype)
-        mlp_input = torch.addcmul(mlp_shift, self.norm2(tokens), mlp_scale)
-        before, tokens = tokens, torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=COMPILED))
-        if indices is not None:
-            tokens = torch.where(is_kept, tokens, before)
-            tokens = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1)).view_as(hidden_states)
-        return tokens, selected
+        batch_size, num_tokens, _ = hidden_states.shape
+        if decision.token_rates is None:
+            return self.token_selection(hidden_states) > 0, None
+        counts = decision.token_counts(num_tokens)
+        if min(counts) == num_tokens:
+            return None, None
+        scores = self.token_selection(hidden_states)
+        if len(set(counts)) > 1:
+            return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None], None
+        ranked = scores.argsort(dim=1, descending=True, stable=True)
+        return ranked[:, : _fill_up(counts[0], batch_size, scores.device)], counts[0]
 
     def _add_mlp(self, hidden_states: torch.Tensor, modulation: torch.Tensor, selected, count, groups) -> None:
         """Adds the gated output of the MLP to the selected tokens, in place; `modulation` is (B, 3, 1, D)."""
@@ -1306,35 +976,120 @@ class DynaDiTBlock(nn.Module):
             part.addcmul_(gate[image], update)
         all_tokens.index_copy_(0, indices[:total], tokens)
 
-    def _select_tokens(
-        self, hidden_states: torch.Tensor, decision: _BlockDecision
-    ) -> tuple[torch.Tensor | None, int | None]:
-        """
-        The tokens that take the MLP: `None` is all; where the counts are known and the same for every image their
-        indices, (B, count or more), and the count; else a boolean mask, (B, N).
-        """
-        batch_size, num_tokens, _ = hidden_states.shape
-        if decision.token_rates is None:
-            return self.token_selection(hidden_states) > 0, None
-        counts = decision.token_counts(num_tokens)
-        if min(counts) == num_tokens:
-            return None, None
-        scores = self.token_selection(hidden_states)
-        if len(set(counts)) > 1:
-            return _ranks(scores) < torch.tensor(counts, device=scores.device)[:, None], None
-        ranked = scores.argsort(dim=1, descending=True, stable=True)
-        return ranked[:, : _fill_up(counts[0], batch_size, scores.device)], counts[0]
+    def _keep_masks(self, decision: _BlockDecision, hidden_states: torch.Tensor, selected) -> None:
+        """`masks` of the skipping form; `selected` holds the tokens as indices or a boolean mask, `None` is all."""
+        token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
+        if selected is not None and selected.dtype == torch.bool:
+            token_mask = selected.float()
+        elif selected is not None:
+            token_mask = torch.zeros_like(token_mask).scatter(1, selected, 1.0)
+        masks = []
+        for partition in decision.partitions():
+            masks.append(token_mask.new_zeros(len(token_mask), self.num_groups))
+            for rows, active in partition:
+                active = torch.tensor(range(self.num_groups) if active is None else active, device=token_mask.device)
+                row = token_mask.new_zeros(self.num_groups).index_fill(0, active, 1.0)
+                masks[-1][slice(None) if rows is None else rows] = row
+        self.masks = (*masks, token_mask, token_mask.mean(dim=1))
 
-    def _mask_of(self, partition, like: torch.Tensor) -> torch.Tensor:
-        mask = like.new_zeros(len(like), self.num_groups)
-        for rows, groups in partition:
-            groups = tuple(range(self.num_groups)) if groups is None else groups
-            row = like.new_zeros(self.num_groups).index_fill(0, torch.tensor(groups, device=like.device), 1.0)
-            if rows is None:
-                mask[:] = row
-            else:
-                mask[rows] = row
-        return mask
+    # Compiled blocks
+
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compiles what the block computes. What it leaves out is decided outside of the graphs, so that a few of them
+        serve every decision.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self._compiled = tuple(
+            torch.compile(function, *args, **kwargs) for function in (self._forward_dense, self._forward_traced)
+        )
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_compiled": None}
+
+    def _cut_layers(self) -> tuple[nn.Module, ...]:
+        """Each a [`DynaLinear`], or what an adapter or a quantiser has put in its place."""
+        layers = (self.attn.qkv, self.attn.to_out[0], self.mlp.fc1, self.mlp.fc2)
+        if not self.has_text:
+            return layers
+        return (*layers, self.cross_attn.to_q, self.cross_attn.to_out[0], self.cross_attn.to_kv)
+
+    def _can_trace(self, decision: _BlockDecision, num_tokens: int) -> bool:
+        """
+        What runs eagerly in a compiled block: sizes of 0 and 1, which would be compiled apart, samples with decisions of
+        their own, and layers whose weights are there only while they run.
+        """
+        partitions = decision.partitions()
+        if max(*map(len, partitions), len(decision.token_rates or [1])) > 1:
+            return False
+        counts = [] if decision.token_rates is None else decision.token_counts(num_tokens)
+        if min(*(len(active) for ((_, active),) in partitions), *counts) < 2:
+            return False
+        return not any(_has_hooks(layer) or _has_hooks(_base_layer(layer)) for layer in self._cut_layers())
+
+    def _call_traced(self, forward_traced, hidden_states: torch.Tensor, modulation, call: _Call) -> torch.Tensor:
+        """Hands a graph the weights of what is active, of dynamic width, and the tokens to select, of dynamic length."""
+        decision, num_tokens = call.decisions[self.layer_idx], hidden_states.shape[1]
+        ranks = is_kept = count = None
+        if decision.token_rates is not None and (count := decision.token_counts(num_tokens)[0]) < num_tokens:
+            num_ranks = min(_fill_up(count, len(hidden_states), hidden_states.device), num_tokens)
+            ranks = torch.arange(num_ranks, device=hidden_states.device)
+            is_kept = (ranks < count)[:, None]
+            for tensor in (ranks, is_kept):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        (_, heads), (_, groups) = decision.heads[0], decision.groups[0]
+        layers, actives, text = self._cut_layers()[:6], [heads, heads, groups, groups], ()
+        if self.has_text:
+            ((_, cross_heads),) = decision.cross_heads
+            actives += [cross_heads, cross_heads]
+            key, value = (states.contiguous() for states in self._keys_and_values(call, cross_heads))
+            for tensor in (key, value):
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+            text = (key, value, call.text_mask)
+        try:
+            for layer, active in zip(layers, actives, strict=True):
+                low_rank = [] if isinstance(layer, DynaLinear) else _low_rank_factors(layer)
+                base_layer = _base_layer(layer)
+                base_layer._traced_weights = base_layer._dense_weights(active, low_rank)
+            hidden_states, selected = forward_traced(hidden_states, modulation, ranks, is_kept, *text)
+        finally:
+            for layer in layers:
+                _base_layer(layer)._traced_weights = None
+        if call.output_masks:
+            self._keep_masks(decision, hidden_states, selected if ranks is None else selected[:, :count])
+        return hidden_states
+
+    def _forward_traced(self, hidden_states, modulation, ranks, is_kept, key=None, value=None, text_mask=None):
+        """
+        The skipping form for `torch.compile`: the new tokens, and those that were selected, of which `is_kept`, (count, 1),
+        leaves some as they were.
+        """
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :, None].unbind(1)  # (B, 1, D) each
+        attn_output = self.attn(torch.addcmul(shift, self.norm1(hidden_states), scale), active_heads=COMPILED)
+        hidden_states = torch.addcmul(hidden_states, gate, attn_output)
+        if key is not None:
+            hidden_states = hidden_states + self.cross_attn(
+                self.norm_cross(hidden_states), None, COMPILED, attention_mask=text_mask, key_value=(key, value)
+            )
+        tokens, selected, indices = hidden_states, None, None
+        if ranks is not None:
+            scores = self.token_selection(hidden_states)
+            selected = scores.argsort(dim=1, descending=True, stable=True).index_select(1, ranks)
+            first = torch.arange(0, scores.numel(), scores.shape[1], device=scores.device)
+            indices = (selected + first[:, None]).flatten()
+            tokens = hidden_states.flatten(0, 1).index_select(0, indices).unflatten(0, selected.shape)
+        elif self.router_mode == "threshold":  # how many are on is known on the device only, so all are computed
+            selected = self.token_selection(hidden_states) > 0
+            mlp_gate = mlp_gate * selected[:, :, None].to(mlp_gate.dtype)
+        mlp_input = torch.addcmul(mlp_shift, self.norm2(tokens), mlp_scale)
+        before, tokens = tokens, torch.addcmul(tokens, mlp_gate, self.mlp(mlp_input, active_groups=COMPILED))
+        if indices is not None:
+            tokens = torch.where(is_kept, tokens, before)
+            tokens = hidden_states.flatten(0, 1).index_copy(0, indices, tokens.flatten(0, 1)).view_as(hidden_states)
+        return tokens, selected
 
 
 TransformerBlockRegistry.register(DynaDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
@@ -1489,19 +1244,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 self.null_caption = nn.Embedding(1, caption_channels or cross_attention_dim)
             if caption_channels is not None:
                 self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
+        num_heads, mlp_dim = num_attention_heads, round(dim * mlp_ratio)
         self.transformer_blocks = nn.ModuleList(
             [
-                DynaDiTBlock(
-                    dim,
-                    num_attention_heads,
-                    round(dim * mlp_ratio),
-                    router_mode,
-                    layer_idx,
-                    qk_norm,
-                    mlp_norm_eps,
-                    cross_attention_dim,
-                )
-                for layer_idx in range(num_layers)
+                DynaDiTBlock(dim, num_heads, mlp_dim, router_mode, i, qk_norm, mlp_norm_eps, cross_attention_dim)
+                for i in range(num_layers)
             ]
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
@@ -1511,7 +1258,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         # The blocks themselves, also while a feature cache has put something else into the list.
         self._blocks = tuple(self.transformer_blocks)
         self._width_mult = 1.0
-        self._is_sharing = False
         self._plan = None
         self._initialize_weights()
 
@@ -1576,13 +1322,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
-        embeddings = [
-            self.time_embedding.linear_1,
-            self.time_embedding.linear_2,
-            self.class_embedding,
-            self.null_caption,
-        ]
-        for module in embeddings:
+        time = self.time_embedding
+        for module in (time.linear_1, time.linear_2, self.class_embedding, self.null_caption):
             if module is not None:
                 nn.init.normal_(module.weight, std=0.02)
         zeros = [*(block.modulation for block in self._blocks), self.norm_out.linear, self.proj_out]
@@ -1623,6 +1364,19 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """Whether the model has a learned null caption, for guidance by text."""
         return self.null_caption is not None
 
+    @property
+    def width_mult(self) -> float:
+        """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
+        return self._width_mult
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that decide what is computed, by name; everything else is the complete model's."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if any(module in name.split(".") for module in self._router_modules)
+        }
+
     def gate_noise_size(self, num_tokens: int) -> int:
         """
         Args:
@@ -1633,41 +1387,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         num_routers = 2 if self.config.cross_attention_dim is None else 3
         return num_routers * (self.config.num_attention_heads - 1) + num_tokens
-
-    def router_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that decide what is computed, by name; everything else is the complete model's."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if any(module in name.split(".") for module in self._router_modules)
-        }
-
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """
-        As in [`~diffusers.ModelMixin`]. What was prepared is dropped: compiled blocks hold their weights in another way.
-
-        Args:
-            args (`tuple`): of `torch.compile`.
-            kwargs (`dict`): of `torch.compile`.
-        """
-        self.clear_plan()
-        super().compile_repeated_blocks(*args, **kwargs)
-
-    def compile(self, *args, **kwargs) -> None:
-        """
-        Compiles block by block, as `compile_repeated_blocks` does: what a call leaves out is decided on the host, between
-        graphs. `torch.compile(model)`, one graph for everything, computes all of it and masks.
-
-        Args:
-            args (`tuple`): of `torch.compile`.
-            kwargs (`dict`): of `torch.compile`.
-        """
-        self.compile_repeated_blocks(*args, **kwargs)
-
-    @property
-    def width_mult(self) -> float:
-        """Share of the heads and channel groups that may be active, from the first on; see [`set_width`]."""
-        return self._width_mult
 
     def set_width(self, width_mult: float) -> None:
         """
@@ -1683,7 +1402,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if not isinstance(width_mult, (int, float)) or not 0 < width_mult <= 1:
             raise ValueError(f"`width_mult`={width_mult!r} must be in (0, 1]; 1 is the full width.")
         if width_mult < 1 and not self._can_cut():
-            raise ValueError(self._CANNOT_CUT)
+            raise ValueError(CANNOT_CUT)
         self._width_mult = width_mult
         for layer in self._dynamic_layers():
             layer.width_mult = width_mult
@@ -1715,7 +1434,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(f"`strength`={strength} must be in [0, 1]; 0 changes nothing.")
         layers = [block.attn for block in self._blocks] if strength > 0 else []
         processors = [layer.processor for layer in layers]
-        was_sharing, self._is_sharing = self._is_sharing, strength > 0 or self._is_sharing
         try:
             for layer, processor in zip(layers, processors, strict=True):
                 device = self.pos_embed.proj.weight.device  # "meta" while it is offloaded
@@ -1725,14 +1443,30 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 layer.set_processor(shared)
             yield
         finally:
-            self._is_sharing = was_sharing
             for layer, processor in zip(layers, processors, strict=True):
                 layer.set_processor(processor)
 
-    _CANNOT_CUT = (
-        "`width_mult` below 1 needs weights that can be cut, but a layer is quantised, carries an adapter that is not a "
-        "plain LoRA, or trains one with dropout. Merge the adapter, or use `set_width(1.0)`."
-    )
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compiles block by block, as `compile_repeated_blocks` does: what a call leaves out is decided on the host, between
+        graphs. `torch.compile(model)`, one graph for everything, computes all of it and masks.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self.compile_repeated_blocks(*args, **kwargs)
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        As in [`~diffusers.ModelMixin`]. What was prepared is dropped: compiled blocks hold their weights in another way.
+
+        Args:
+            args (`tuple`): of `torch.compile`.
+            kwargs (`dict`): of `torch.compile`.
+        """
+        self.clear_plan()
+        super().compile_repeated_blocks(*args, **kwargs)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -1791,58 +1525,50 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Raises:
             `ValueError`: on a size, timestep, label or text that does not fit the model.
         """
-        batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs)
-        timestep = self._prepare_timestep(timestep, batch_size, hidden_states.device)
-        labels = self._prepare_class_labels(
-            class_labels, class_dropout_mask, batch_size, hidden_states.device, may_drop=self.training
-        )
-        text = (encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
-        self._check_text(*text, batch_size)
-        given_level, noise_level = (
-            noise_level,
-            self._prepare_noise_level(noise_level, batch_size, hidden_states.device),
-        )
-        dtype = hidden_states.dtype
+        batch_size, _, height, width = self._check_input(hidden_states, attention_kwargs, gate_noise)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        timestep = self._prepare_timestep(timestep, batch_size, device)
+        labels = self._prepare_class_labels(class_labels, class_dropout_mask, batch_size, device, self.training)
+        level = self._prepare_noise_level(noise_level, batch_size, device)
+        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        self._check_text(text, batch_size)
+        if self.training and self.has_null_caption and text.states is not None and text.dropout_mask is None:
+            text.dropout_mask = torch.rand(batch_size, device=device) < self.config.caption_dropout_prob
 
-        # 1. Patches, time and class
+        # 1. Patches, time, class and noise level
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
-        self._check_gate_noise(gate_noise, hidden_states.shape)
-        temb, embedding = self._embed(timestep, labels, noise_level)
+        temb = self._embed_time(timestep)
+        embedding = self._add_conditions(temb, labels, level)
         conditioning = F.silu(embedding).to(dtype)
 
-        # 2. Text and blocks
-        given_labels = class_labels if class_dropout_mask is None else None
-        call = self._prepare_call(
-            temb, timestep, given_labels, labels, complete_model, output_masks, gate_noise, given_level
-        )
-        num_text_tokens = 0
+        # 2. What is left out, and what is prepared
+        call = self._prepare_call(temb, timestep, complete_model, output_masks, gate_noise)
+        if call.step is not None:
+            given_labels = class_labels if class_dropout_mask is None else None
+            call.modulations = self._find_modulations(call.step, given_labels, labels, batch_size, noise_level)
         if self.config.cross_attention_dim is not None:
-            num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
             if call.form == "skipping":
-                call.keys_values = self._find_keys_values((encoder_hidden_states, caption_dropout_mask), batch_size)
-            call.text, call.text_mask = self._prepare_text(
-                *text, batch_size, hidden_states, is_prepared=call.keys_values is not None
-            )
+                call.keys_values = self._find_keys_values(text, batch_size)
+            if call.keys_values is None:
+                call.text = self._project_text(text, batch_size, hidden_states)
+            call.text_mask = text.key_mask(device)
+
+        # 3. Blocks
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, conditioning, call)
             else:
                 hidden_states = block(hidden_states, temb, conditioning, call)
 
-        # 3. Pixels of the patches
-        masks = self._collect_masks(hidden_states, num_text_tokens) if output_masks else ()
+        # 4. Pixels of the patches
+        masks = self._collect_masks(hidden_states, text.length) if output_masks else ()
         hidden_states = self.norm_out(hidden_states, embedding)
         hidden_states = self.proj_out(hidden_states)
         patch_size = self.config.patch_size
+        rows, columns = height // patch_size, width // patch_size
         sample = rearrange(
-            hidden_states,
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=height // patch_size,
-            w=width // patch_size,
-            p=patch_size,
-            q=patch_size,
+            hidden_states, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
         )
-
         if not return_dict:
             return (sample, *masks)
         return DynaDiTTransformer2DModelOutput(sample, *masks)
@@ -1895,241 +1621,98 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         output.sample = sample
         return output
 
-    @apply_forward_hook
-    @torch.no_grad()
-    def prepare_timesteps(
-        self,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        max_plan_bytes: int = 2**30,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        caption_dropout_mask: torch.Tensor | None = None,
-        noise_level: float | None = None,
-    ) -> None:
+    def _embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The time embedding, which is all that the routers see; float32, (B, D)."""
+        return self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
+
+    def _add_conditions(self, temb: torch.Tensor, labels, noise_level) -> torch.Tensor:
+        """The time embedding plus those of class and noise level, float32."""
+        if labels is not None:
+            temb = temb + self.class_embedding(labels).to(temb)
+        if noise_level is not None:
+            temb = temb + self.noise_level_embedding(self.time_proj(noise_level))
+        return temb
+
+    def _project_text(self, text: _Text, batch_size: int, like: torch.Tensor) -> torch.Tensor:
+        """What keys and values are made of, (B, L, cross_attention_dim), in the dtype and on the device of `like`."""
+        states = None if text.states is None else text.states.to(like.device, like.dtype)
+        if states is None or text.dropout_mask is not None:
+            null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
+            if states is None:
+                states = null.expand(batch_size, -1, -1)
+            else:
+                states = torch.where(text.dropout_mask.to(like.device)[:, None, None], null, states)
+        return states if self.caption_projection is None else self.caption_projection(states)
+
+    def _prepare_call(self, temb, timestep, complete_model: bool, output_masks: bool, gate_noise) -> _Call:
+        """The form of a call and, where it skips, the decisions of all blocks."""
+        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
+        call = _Call("complete" if complete_model else "masked", num_active, output_masks, gate_noise)
+        if num_active < num_groups and not self._can_cut():
+            raise ValueError(CANNOT_CUT)
+        if torch.is_grad_enabled() or self.training:
+            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
+            return call
+        if torch.compiler.is_compiling():
+            return call
+        is_compiled = any(block._compiled is not None for block in self._blocks)
+        if is_compiled if complete_model else not self._can_cut():
+            return call
+
+        step = self._find_step(timestep)
+        if complete_model:
+            everything = [(None, None if num_active == num_groups else tuple(range(num_active)))]
+            cross_heads = None if self.config.cross_attention_dim is None else everything
+            call.decisions = [_BlockDecision(everything, everything, cross_heads, [1.0])] * len(self._blocks)
+        else:
+            call.decisions = self._decide(temb) if step is None else self._plan.decisions[step]
+            for block, decision in zip(self._blocks, call.decisions, strict=True):
+                # Samples with heads of their own would be computed apart, away from their references.
+                if len(decision.heads) > 1 and isinstance(block.attn.processor, DynaSharedAttnProcessor):
+                    return call
+        call.form, call.step = "skipping", step
+        return call
+
+    def _decide(self, temb: torch.Tensor) -> list[_BlockDecision]:
+        """The decisions of all blocks for a batch."""
+        decisions = []
+        for sets, rates in self._run_routers(temb):
+            if rates is not None and len(set(rates)) == 1:
+                rates = rates[:1]
+            decisions.append(_BlockDecision(*(_partition(part, temb.device) for part in sets), token_rates=rates))
+        return decisions
+
+    def _run_routers(self, temb: torch.Tensor) -> Iterator[tuple[list[list[tuple[int, ...]]], list[float] | None]]:
         """
-        Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
-        for every pair of timestep and label, the keys and values of the text, and memory for each layer's cut weights,
-        in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
-        level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one thread and one
-        stream.
-
-        What was prepared is dropped where weights, dtype, device or width change, and by a call in training mode or with
-        gradients. A write through `.data`, as
-        `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
-
-        Args:
-            timesteps (`torch.Tensor` of shape `(num_calls,)`): the times of the calls that follow, in their order.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Labels of these calls, null labels included. `None` prepares no modulations for a conditional model.
-            max_plan_bytes (`int`, defaults to `2**30`):
-                Memory for modulations, the text and cut weights. What does not fit is computed in the call.
-            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, caption_channels)`, *optional*):
-                Text of these calls, which are given these very tensors, or views of a leading part of their batch.
-            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, num_text_tokens)`, *optional*): as above.
-            caption_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): as above.
-            noise_level (`float`, *optional*):
-                Noise level of these calls. `None` prepares no modulations for a model with `noise_level_conditioning`.
-
-        Raises:
-            `ValueError`: on timesteps of another shape, a label out of range, or a text that does not fit.
+        For each block what each of its group routers leaves on, by row of `temb`, and the rates of tokens by row, in
+        capacity mode. All of it is read back from the device at once.
         """
-        self.clear_plan()
-        self._check_timesteps(timesteps)
-        text = (encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
-        text_batch = 1 if encoder_hidden_states is None else len(encoder_hidden_states)
-        if encoder_hidden_states is not None:
-            self._check_text(*text, text_batch)
-        blocks = self._blocks
-        routers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
-        for block in blocks:
-            routers += block.group_routers() + ([] if block.token_rate is None else [block.token_rate])
-        # What can change without a trace, as the strength of an adapter or a weight made in inference mode, has its
-        # decisions taken in each call.
-        if not all(type(router) is DynaFloat32Linear and not router.weight.is_inference() for router in routers):
-            return
+        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
+        layers = []
+        for block in self._blocks:
+            masks = block._group_masks(temb)
+            if block.token_rate is not None:
+                masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
+            layers.append(torch.cat(masks, dim=1))
+        num_masks = len(self._blocks[0].group_routers()) * num_groups
+        for rows in torch.stack(layers).tolist():  # (L, B, num_masks (+ 1))
+            sets = [
+                [tuple(i for i in range(num_active) if row[first + i]) for row in rows]
+                for first in range(0, num_masks, num_groups)
+            ]
+            yield sets, [row[num_masks] for row in rows] if len(rows[0]) > num_masks else None
 
-        device = self.pos_embed.proj.weight.device
-        if device.type == "meta":  # sequential offloading, whose hooks move what they are given
-            device = timesteps.device
-        times = timesteps.to(device=device, dtype=torch.float32)
-        temb, _ = self._embed(times, None)
-        decisions = self._decide(temb, one_row_a_step=True)
-        plan = _Plan(times.tolist(), decisions, _CutWeights(max_plan_bytes))
-        modulations = [block.modulation for block in blocks]
-        is_plain = all(
-            type(linear) is DynaDenseLinear and type(linear.weight.data) is torch.Tensor and not _has_hooks(linear)
-            for linear in modulations
-        ) and not any(map(_has_hooks, blocks))
-        is_plain = is_plain and type(self.class_embedding) in (nn.Embedding, type(None))
-        is_plain = is_plain and not torch.is_autocast_enabled(device.type)
-        has_level = self.config.noise_level_conditioning
-        if has_level and noise_level is not None:
-            level = self._prepare_noise_level(noise_level, 1, times.device)
-        is_plain = is_plain and (not has_level or noise_level is not None)
-        if is_plain and (class_labels is not None or self.class_embedding is None):
-            labels = None
-            if class_labels is not None:
-                batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
-                labels = self._prepare_class_labels(class_labels, None, batch_size, times.device)
-                distinct = labels.unique()
-                rows = times.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
-                rows[distinct] = torch.arange(len(distinct), device=times.device)
-            num_labels = 1 if labels is None else len(distinct)
-            dtype = modulations[0].weight.dtype
-            num_bytes = len(times) * num_labels * sum(m.out_features for m in modulations) * dtype.itemsize
-            if num_bytes <= max_plan_bytes:
-                embedding = temb[:, None]
-                if labels is not None:
-                    embedding = embedding + self.class_embedding(distinct).to(temb)
-                if has_level:
-                    embedding = embedding + self.noise_level_embedding(self.time_proj(level))
-                    plan.noise_level = noise_level
-                conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
-                plan.modulations = [block._modulate(conditioning) for block in blocks]
-                plan.cut_weights.num_bytes = num_bytes
-                if labels is not None:
-                    plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
-                    plan.label_rows = rows
-        if self.config.cross_attention_dim is not None and self._can_prepare_text(text):
-            num_text_tokens = 1 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-            dtype = blocks[0].cross_attn.to_kv.weight.dtype
-            rows = sum(block.cross_attn.to_kv.out_features for block in blocks)
-            num_bytes = text_batch * num_text_tokens * rows * dtype.itemsize
-            if plan.cut_weights.num_bytes + num_bytes <= max_plan_bytes:
-                like = torch.empty(0, dtype=dtype, device=times.device)
-                states, _ = self._prepare_text(*text, text_batch, like)
-                every = tuple(range(self.config.num_attention_heads))  # whatever the width
-                plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in blocks]
-                plan.text = (encoder_hidden_states, caption_dropout_mask)
-                plan.text_signature = _signature(plan.text)
-                plan.cut_weights.num_bytes += num_bytes
-        plan.cut_weights.admit(self._count_slots(decisions, with_text=not plan.keys_values))
-        plan.signature = self._plan_signature(plan)
-        self._plan = plan
-        for layer in self._dynamic_layers():
-            layer._cut_weights = plan.cut_weights
+    def _can_cut(self) -> bool:
+        return all(_can_cut(layer) for block in self._blocks for layer in block._cut_layers())
+
+    def _num_active_groups(self) -> int:
+        num_heads = self.config.num_attention_heads
+        return round_to_nearest(num_heads, self._width_mult, num_heads)
 
     def _dynamic_layers(self) -> list[DynaLinear]:
         return [module for block in self._blocks for module in block.modules() if isinstance(module, DynaLinear)]
 
-    def _can_prepare_text(self, text: tuple) -> bool:
-        """Whether keys and values of the text hang on nothing but what the plan's signatures see."""
-        if text[0] is None and self.null_caption is None:
-            return False
-        # What was made in inference mode does not tell when it is written to.
-        if any(tensor is not None and tensor.is_inference() for tensor in text):
-            return False
-        layers = [block.cross_attn.to_kv for block in self._blocks]
-        if self.caption_projection is not None:
-            layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
-        is_plain = all(
-            type(layer) in (nn.Linear, DynaKVLinear)
-            and type(layer.weight.data) is torch.Tensor
-            and not layer.weight.is_inference()
-            and not _has_hooks(layer)
-            for layer in layers
-        )
-        hooked = (self.caption_projection, self.null_caption, *self._blocks)
-        is_plain = is_plain and not any(_has_hooks(module) for module in hooked if module is not None)
-        return is_plain and not torch.is_autocast_enabled(layers[0].weight.device.type)
-
-    def _count_slots(self, decisions: list[list[_BlockDecision]], with_text: bool) -> dict[DynaLinear, int]:
-        """The groups of the largest set that each layer has to be cut to in a trajectory."""
-        num_slots = {}
-        for block, *steps in zip(self._blocks, *decisions, strict=True):
-            if _has_hooks(block):  # its weights are elsewhere between the calls
-                continue
-            owners = {"heads": block.attn, "groups": block.mlp}
-            if block.has_text:
-                owners["cross_heads"] = block.cross_attn
-            for kind, owner in owners.items():
-                counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
-                for layer in (module for module in owner.modules() if isinstance(module, DynaLinear)):
-                    if isinstance(layer, DynaKVLinear) and not with_text:
-                        continue
-                    # In a compiled block there is one layout, for all groups too.
-                    is_cut = block._compiled is not None and layer._is_rearranged()
-                    num_slots[layer] = max((n for n in counts if is_cut or n < block.num_groups), default=0)
-        return num_slots
-
-    def predict_compute_ratio(
-        self,
-        timesteps: torch.Tensor,
-        sample_size: int | tuple[int, int] | None = None,
-        num_text_tokens: int | None = None,
-    ) -> torch.Tensor:
-        """
-        The compute ratio at given times, which in capacity mode is known before a call and the same for every image.
-
-        Args:
-            timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
-            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
-            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
-
-        Returns:
-            `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
-
-        Raises:
-            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or sizes that do not fit.
-        """
-        if self.config.router_mode != "capacity":
-            raise ValueError(
-                "`router_mode`='threshold' has no compute ratio before a call: its tokens depend on the image. Read it "
-                "off an output with `output_masks=True`."
-            )
-        self._check_timesteps(timesteps)
-        num_tokens = self._num_tokens(sample_size)
-        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
-        num_active, ratio = self._num_active_groups(), 0.0
-        with torch.no_grad():
-            temb, _ = self._embed(timesteps.float(), None)
-            for block in self._blocks:
-                attn, mlp, *cross = (
-                    mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb)
-                )
-                tokens = (block._keep_rate(temb).clamp(max=1) * num_tokens).round() / num_tokens
-                ratio = ratio + attn_macs * attn + mlp_macs * mlp * tokens
-                for macs, share in zip(cross_macs, cross, strict=True):
-                    ratio = ratio + macs * share
-        return ratio / (len(self._blocks) * (attn_macs + mlp_macs + sum(cross_macs)))
-
-    def set_plan_step(self, step: int | None) -> None:
-        """
-        Tells the model which of the prepared timesteps the calls that follow are at, so that it need not read the
-        timestep back from the device.
-
-        Args:
-            step (`int`, *optional*): index into the prepared timesteps. `None` looks the timestep up by its value.
-
-        Raises:
-            `ValueError`: for an index that was not prepared.
-        """
-        if self._plan is None:
-            return
-        if step is not None and not 0 <= step < len(self._plan.timesteps):
-            raise ValueError(f"`step`={step} must be in [0, {len(self._plan.timesteps)}), the prepared timesteps.")
-        self._plan.step = step
-
-    def _apply(self, *args, **kwargs):
-        self.clear_plan()  # `to` and its like give parameters new storage without a trace
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_plan": None}
-
-    def clear_plan(self) -> None:
-        """Frees what [`prepare_timesteps`] prepared."""
-        if self._plan is None:
-            return
-        self._plan = None
-        for layer in self._dynamic_layers():
-            layer._cut_weights = None
-
-    @property
-    def plan_bytes(self) -> int:
-        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
-        return 0 if self._plan is None else self._plan.cut_weights.num_bytes
+    # What a call costs
 
     def compute_macs(
         self,
@@ -2191,19 +1774,46 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         total += config.num_layers * (routers + is_capacity * dim) + int(with_scores.sum()) * selection
         return {"blocks": blocks, "total": blocks + total}
 
-    def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
-        sample_size = self.config.sample_size if sample_size is None else sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self._check_size(height, width, "sample_size")
-        return (height // self.config.patch_size) * (width // self.config.patch_size)
+    def predict_compute_ratio(
+        self,
+        timesteps: torch.Tensor,
+        sample_size: int | tuple[int, int] | None = None,
+        num_text_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """
+        The compute ratio at given times, which in capacity mode is known before a call and the same for every image.
 
-    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
-        if not torch.is_tensor(timesteps) or timesteps.ndim != 1 or len(timesteps) == 0:
-            given = f"shape {tuple(timesteps.shape)}" if torch.is_tensor(timesteps) else type(timesteps).__name__
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
+            sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
+            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
+
+        Returns:
+            `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
+
+        Raises:
+            `ValueError`: in threshold mode, where the tokens decide, and on timesteps or sizes that do not fit.
+        """
+        if self.config.router_mode != "capacity":
             raise ValueError(
-                f"`timesteps` must be a tensor of shape (num_calls,), but it is {given}. Give the times of all calls in "
-                "one tensor."
+                "`router_mode`='threshold' has no compute ratio before a call: its tokens depend on the image. Read it "
+                "off an output with `output_masks=True`."
             )
+        self._check_timesteps(timesteps)
+        num_tokens = self._num_tokens(sample_size)
+        attn_macs, mlp_macs, *cross_macs = self._block_macs(num_tokens, num_text_tokens)
+        num_active, ratio = self._num_active_groups(), 0.0
+        with torch.no_grad():
+            temb = self._embed_time(timesteps.float())
+            for block in self._blocks:
+                attn, mlp, *cross = (
+                    mask[:, :num_active].sum(dim=1) / block.num_groups for mask in block._group_masks(temb)
+                )
+                tokens = (block._keep_rate(temb).clamp(max=1) * num_tokens).round() / num_tokens
+                ratio = ratio + attn_macs * attn + mlp_macs * mlp * tokens
+                for macs, share in zip(cross_macs, cross, strict=True):
+                    ratio = ratio + macs * share
+        return ratio / (len(self._blocks) * (attn_macs + mlp_macs + sum(cross_macs)))
 
     def _block_macs(self, num_tokens: int, num_text_tokens: int | None) -> tuple[int, ...]:
         """
@@ -2221,162 +1831,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             )
         return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_text_tokens * dim
 
-    def _embed(
-        self, timestep: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The time embedding, for the routers, and its sum with those of class and noise level; float32, (B, D) each."""
-        temb = self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
-        embedding = temb
-        if labels is not None:
-            embedding = embedding + self.class_embedding(labels).to(temb)
-        if noise_level is not None:
-            embedding = embedding + self.noise_level_embedding(self.time_proj(noise_level))
-        return temb, embedding
-
-    def _num_active_groups(self) -> int:
-        num_heads = self.config.num_attention_heads
-        return round_to_nearest(num_heads, self._width_mult, num_heads)
-
-    def _prepare_call(
-        self, temb, timestep, class_labels, labels, complete_model, output_masks, gate_noise, noise_level
-    ) -> _Call:
-        call = _Call("masked", self._num_active_groups(), output_masks, gate_noise)
-        if call.num_active < self.config.num_attention_heads and not self._can_cut():
-            raise ValueError(self._CANNOT_CUT)
-        if complete_model:
-            call.form = "complete"
-        if torch.is_grad_enabled() or self.training:
-            self.clear_plan()  # an optimizer may follow, and fused ones change weights without a trace
-            return call
-        if torch.compiler.is_compiling():
-            return call
-        if any(block._compiled is not None for block in self._blocks) if complete_model else not self._can_cut():
-            return call
-
-        plan, step = self._find_step(timestep)
-        if complete_model:
-            active = None if call.num_active == self.config.num_attention_heads else tuple(range(call.num_active))
-            everything = [(None, active)]
-            cross_heads = None if self.config.cross_attention_dim is None else everything
-            call.decisions = [_BlockDecision(everything, everything, [1.0], cross_heads)] * len(self._blocks)
-        else:
-            call.decisions = self._decide(temb) if step is None else plan.decisions[step]
-            # Samples with heads of their own are computed apart, away from their references.
-            if self._is_sharing and any(len(decision.heads) > 1 for decision in call.decisions):
-                return call
-        if step is not None:
-            call.modulations = self._find_modulations(plan, step, class_labels, labels, len(temb), noise_level)
-        call.form = "skipping"
-        return call
-
-    def _can_cut(self) -> bool:
-        return all(_can_cut(layer) for block in self._blocks for layer in block._cut_layers())
-
-    def _decide(self, temb: torch.Tensor, one_row_a_step: bool = False) -> list:
-        """The decisions of all blocks, read back from the device at once: by layer, or by row of `temb` and layer."""
-        num_groups, num_active = self.config.num_attention_heads, self._num_active_groups()
-        rows = []
-        for block in self._blocks:
-            masks = [*block._group_masks(temb)]
-            if block.token_rate is not None:
-                masks.append(block._keep_rate(temb).clamp(max=1)[:, None])
-            rows.append(torch.cat(masks, dim=1))
-        decisions = []
-        num_routers = len(self._blocks[0].group_routers())
-        for layer in torch.stack(rows).tolist():  # (L, B, num_routers * groups (+ 1))
-            sets = [
-                [tuple(i for i in range(num_active) if row[first + i]) for row in layer]
-                for first in range(0, num_routers * num_groups, num_groups)
-            ]
-            rates = [rate for row in layer for rate in row[num_routers * num_groups :]]
-            if one_row_a_step:
-                sets = [_keep_places(of_steps, num_groups) for of_steps in sets]
-                decisions.append(
-                    [
-                        _BlockDecision([(None, heads)], [(None, groups)], rate, *([(None, c)] for c in cross_heads))
-                        for rate, heads, groups, *cross_heads in zip(
-                            [[rate] for rate in rates] or [None] * len(layer), *sets, strict=True
-                        )
-                    ]
-                )
-            else:
-                rates = rates[:1] if len(set(rates)) == 1 else rates
-                heads, groups, *cross_heads = (_partition(of_samples, temb.device) for of_samples in sets)
-                decisions.append(_BlockDecision(heads, groups, rates or None, *cross_heads))
-        return list(map(list, zip(*decisions, strict=True))) if one_row_a_step else decisions
-
-    def _plan_signature(self, plan: _Plan) -> tuple:
-        """Changes with whatever the decisions and, where there are any, modulations and text were computed from."""
-        layers = [self.time_embedding.linear_1, self.time_embedding.linear_2]
-        for block in self._blocks:
-            layers += [*block.group_routers(), block.token_rate]
-        if plan.modulations:
-            layers += [self.class_embedding, *(block.modulation for block in self._blocks)]
-            if self.noise_level_embedding is not None:
-                layers += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
-        if plan.keys_values:
-            layers += [self.null_caption, *(block.cross_attn.norm_k for block in self._blocks)]
-            layers += [block.cross_attn.to_kv for block in self._blocks]
-            if self.caption_projection is not None:
-                layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
-        layers = [layer for layer in layers if layer is not None]
-        tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
-        modes = tuple(block.router_mode for block in self._blocks)
-        return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
-
-    def _find_step(self, timestep: torch.Tensor) -> tuple[_Plan | None, int | None]:
-        plan = self._plan
-        if plan is None:
-            return None, None
-        if plan.signature != self._plan_signature(plan):
-            self.clear_plan()
-            return None, None
-        if plan.step is not None and (
-            timestep.device.type != "cpu" or bool((timestep == plan.timesteps[plan.step]).all())
-        ):
-            return plan, plan.step
-        times = set(timestep.tolist())
-        if len(times) == 1 and (time := times.pop()) in plan.timesteps:
-            return plan, plan.timesteps.index(time)
-        return None, None
-
-    def _find_modulations(
-        self, plan: _Plan, step: int, class_labels, labels, batch_size: int, noise_level
-    ) -> list[torch.Tensor] | None:
-        if not plan.modulations:
-            return None
-        if torch.is_tensor(noise_level) or noise_level != plan.noise_level:
-            return None
-        if labels is None:
-            return [modulation[step].expand(batch_size, -1, -1) for modulation in plan.modulations]
-        rows = plan.label_rows[labels]
-        # Elsewhere than on CPU a look at the labels would wait for the device.
-        if labels.device.type == "cpu":
-            is_prepared = not bool((rows < 0).any())
-        else:
-            is_prepared = class_labels is plan.class_labels and _signature([class_labels]) == plan.label_signature
-        if not is_prepared:
-            return None
-        return [modulation[step][rows] for modulation in plan.modulations]
-
-    def _find_keys_values(self, text: tuple, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """What was prepared for a text, which is found by its memory: the tensors, or leading parts of their batch."""
-        plan = self._plan
-        if plan is None or not plan.keys_values or _signature(plan.text) != plan.text_signature:
-            return None
-        for tensor, prepared in zip(text, plan.text, strict=True):
-            if (tensor is None) != (prepared is None):
-                return None
-            if tensor is not None and (
-                len(tensor) > len(prepared)
-                or _signature([tensor]) != _signature([prepared])
-                or tensor.shape[1:] != prepared.shape[1:]
-                or tensor.stride() != prepared.stride()
-            ):
-                return None
-        if text[0] is None:  # the null caption for all
-            return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
-        return [tuple(states[:batch_size] for states in pair) for pair in plan.keys_values]
+    def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
+        sample_size = self.config.sample_size if sample_size is None else sample_size
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self._check_size(height, width, "sample_size")
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
 
     def _collect_masks(self, hidden_states: torch.Tensor, num_text_tokens: int) -> tuple[torch.Tensor, ...]:
         """
@@ -2400,14 +1859,267 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             spent = spent + macs * masks.mean(dim=2)
         return attn, mlp, tokens, spent.mean(dim=1) / (attn_macs + mlp_macs + sum(cross_macs)), *cross
 
-    def _check_size(self, height: int, width: int, name: str) -> None:
-        patch_size = self.config.patch_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"The height and width of `{name}`, {(height, width)}, must be divisible by `patch_size`={patch_size}."
-            )
+    # Prepared trajectories
 
-    def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None) -> torch.Size:
+    @apply_forward_hook
+    @torch.no_grad()
+    def prepare_timesteps(
+        self,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        max_plan_bytes: int = 2**30,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        caption_dropout_mask: torch.Tensor | None = None,
+        noise_level: float | None = None,
+    ) -> None:
+        """
+        Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
+        for every pair of timestep and label, the keys and values of the text, and memory for each layer's cut weights,
+        in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
+        level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds;
+        free it with [`clear_plan`]. It belongs to one thread and one stream.
+
+        What was prepared is dropped where weights, dtype, device or width change, and by a call in training mode or with
+        gradients. A write through `.data`, as `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_calls,)`): the times of the calls that follow, in their order.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels of these calls, null labels included. `None` prepares no modulations for a conditional model.
+            max_plan_bytes (`int`, defaults to `2**30`):
+                Memory for modulations, the text and cut weights. What does not fit is computed in the call.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, caption_channels)`, *optional*):
+                Text of these calls, which are given these very tensors, or views of a leading part of their batch.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, num_text_tokens)`, *optional*): as above.
+            caption_dropout_mask (`torch.Tensor` of shape `(batch_size,)`, *optional*): as above.
+            noise_level (`float`, *optional*):
+                Noise level of these calls. `None` prepares no modulations for a model with `noise_level_conditioning`.
+
+        Raises:
+            `ValueError`: on timesteps of another shape, a label out of range, or a text that does not fit.
+        """
+        self.clear_plan()
+        self._check_timesteps(timesteps)
+        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        if text.states is not None:
+            self._check_text(text, len(text.states))
+        # What can change without a trace, as the strength of an adapter or a weight made in inference mode, has its
+        # decisions taken in each call.
+        routers = self._sources()["decisions"]
+        if not all(type(router) is DynaFloat32Linear and not router.weight.is_inference() for router in routers):
+            return
+
+        device = self.pos_embed.proj.weight.device
+        if device.type == "meta":  # sequential offloading, whose hooks move what they are given
+            device = timesteps.device
+        times = timesteps.to(device=device, dtype=torch.float32)
+        temb = self._embed_time(times)
+        plan = _Plan(times.tolist(), self._decide_steps(temb), _CutWeights(max_plan_bytes))
+        self._prepare_modulations(plan, temb, class_labels, noise_level)
+        self._prepare_keys_values(plan, text, device)
+        plan.cut_weights.admit(self._count_slots(plan))
+        plan.signature = self._plan_signature(plan)
+        self._plan = plan
+        for layer in self._dynamic_layers():
+            layer._cut_weights = plan.cut_weights
+
+    def set_plan_step(self, step: int | None) -> None:
+        """
+        Tells the model which of the prepared timesteps the calls that follow are at, so that it need not read the
+        timestep back from the device.
+
+        Args:
+            step (`int`, *optional*): index into the prepared timesteps. `None` looks the timestep up by its value.
+
+        Raises:
+            `ValueError`: for an index that was not prepared.
+        """
+        if self._plan is None:
+            return
+        if step is not None and not 0 <= step < len(self._plan.timesteps):
+            raise ValueError(f"`step`={step} must be in [0, {len(self._plan.timesteps)}), the prepared timesteps.")
+        self._plan.step = step
+
+    def clear_plan(self) -> None:
+        """Frees what [`prepare_timesteps`] prepared."""
+        if self._plan is None:
+            return
+        self._plan = None
+        for layer in self._dynamic_layers():
+            layer._cut_weights = None
+
+    @property
+    def plan_bytes(self) -> int:
+        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
+        return 0 if self._plan is None else self._plan.cut_weights.num_bytes
+
+    def _apply(self, *args, **kwargs):
+        self.clear_plan()  # `to` and its like give parameters new storage without a trace
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_plan": None}
+
+    def _sources(self) -> dict[str, list[nn.Module]]:
+        """The layers that what is prepared is computed from: decisions, modulations, keys and values of the text."""
+        decisions = [self.time_embedding.linear_1, self.time_embedding.linear_2]
+        modulations, text = [self.class_embedding], [self.null_caption]
+        if self.noise_level_embedding is not None:
+            modulations += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
+        if self.caption_projection is not None:
+            text += [self.caption_projection.linear_1, self.caption_projection.linear_2]
+        for block in self._blocks:
+            decisions += [*block.group_routers(), block.token_rate]
+            modulations.append(block.modulation)
+            if block.has_text:
+                text += [block.cross_attn.to_kv, block.cross_attn.norm_k]
+        sources = {"decisions": decisions, "modulations": modulations, "text": text}
+        return {kind: [layer for layer in layers if layer is not None] for kind, layers in sources.items()}
+
+    def _can_prepare(self, kind: str, device: torch.device) -> bool:
+        """Whether modulations or text hang on nothing but the weights of their layers, whose changes the plan sees."""
+        return (
+            all(map(_is_plain, self._sources()[kind]))
+            and not any(map(_has_hooks, (self.caption_projection, *self._blocks)))
+            and not torch.is_autocast_enabled(device.type)
+        )
+
+    def _decide_steps(self, temb: torch.Tensor) -> list[list[_BlockDecision]]:
+        """The decisions of a trajectory by step and layer; `temb` has a row for each step."""
+        layers = []
+        for sets, rates in self._run_routers(temb):
+            sets = [_keep_places(part, self.config.num_attention_heads) for part in sets]
+            rates = [None] * len(temb) if rates is None else [[rate] for rate in rates]
+            layers.append(
+                [
+                    _BlockDecision(*([(None, active)] for active in actives), token_rates=rate)
+                    for *actives, rate in zip(*sets, rates, strict=True)
+                ]
+            )
+        return [list(step) for step in zip(*layers, strict=True)]
+
+    def _prepare_modulations(self, plan: "_Plan", temb: torch.Tensor, class_labels, noise_level) -> None:
+        """Modulations at every pair of timestep and label, if they can be prepared and fit."""
+        labels, level, has_level = None, None, self.config.noise_level_conditioning
+        if has_level and noise_level is not None:
+            level = self._prepare_noise_level(noise_level, 1, temb.device)
+        is_known = (level is not None or not has_level) and (class_labels is not None or self.class_embedding is None)
+        if not is_known or not self._can_prepare("modulations", temb.device):
+            return
+        if class_labels is not None:
+            batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
+            labels = self._prepare_class_labels(class_labels, None, batch_size, temb.device).unique()
+        dtype = self._blocks[0].modulation.weight.dtype
+        width = sum(block.modulation.out_features for block in self._blocks)
+        num_bytes = len(temb) * (1 if labels is None else len(labels)) * width * dtype.itemsize
+        if not plan.cut_weights.take(num_bytes):
+            return
+        embedding = self._add_conditions(temb[:, None], labels, level)
+        conditioning = F.silu(embedding).to(dtype)  # (S, num_labels, D)
+        plan.modulations = [block._modulate(conditioning) for block in self._blocks]
+        plan.noise_level = noise_level if has_level else None
+        if labels is not None:
+            plan.class_labels, plan.label_signature = class_labels, _signature([class_labels])
+            plan.label_rows = labels.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
+            plan.label_rows[labels] = torch.arange(len(labels), device=labels.device)
+
+    def _prepare_keys_values(self, plan: "_Plan", text: _Text, device: torch.device) -> None:
+        """Keys and values of the text, all heads, if they can be prepared and fit."""
+        if self.config.cross_attention_dim is None or (text.states is None and not self.has_null_caption):
+            return
+        # What was made in inference mode does not tell when it is written to.
+        if any(tensor is not None and tensor.is_inference() for tensor in text.sources):
+            return
+        if not self._can_prepare("text", device):
+            return
+        batch_size = 1 if text.states is None else len(text.states)
+        dtype = self._blocks[0].cross_attn.to_kv.weight.dtype
+        width = sum(block.cross_attn.to_kv.out_features for block in self._blocks)
+        if not plan.cut_weights.take(batch_size * text.length * width * dtype.itemsize):
+            return
+        states = self._project_text(text, batch_size, torch.empty(0, dtype=dtype, device=device))
+        every = tuple(range(self.config.num_attention_heads))  # whatever the width
+        plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in self._blocks]
+        plan.text, plan.text_signature = text, _signature(text.sources)
+
+    def _count_slots(self, plan: "_Plan") -> dict[DynaLinear, int]:
+        """The groups of the largest set that each layer has to be cut to in a trajectory."""
+        num_slots = {}
+        for block, *steps in zip(self._blocks, *plan.decisions, strict=True):
+            if _has_hooks(block):  # its weights are elsewhere between the calls
+                continue
+            owners = {"heads": block.attn, "groups": block.mlp}
+            if block.has_text:
+                owners["cross_heads"] = block.cross_attn
+            for kind, owner in owners.items():
+                counts = [len(getattr(decision, kind)[0][1]) for decision in steps]
+                for name, layer in owner.named_modules():
+                    if not isinstance(layer, DynaLinear) or (plan.keys_values and name == "to_kv"):
+                        continue
+                    # In a compiled block there is one layout, for all groups too.
+                    is_cut = block._compiled is not None and layer._is_rearranged()
+                    num_slots[layer] = max((n for n in counts if is_cut or n < block.num_groups), default=0)
+        return num_slots
+
+    def _plan_signature(self, plan: "_Plan") -> tuple:
+        """Changes with whatever the decisions and, where there are any, modulations and text were computed from."""
+        sources = self._sources()
+        layers = sources["decisions"]
+        if plan.modulations:
+            layers += sources["modulations"]
+        if plan.keys_values:
+            layers += sources["text"]
+        tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
+        modes = tuple(block.router_mode for block in self._blocks)
+        return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
+
+    def _find_step(self, timestep: torch.Tensor) -> int | None:
+        """Which of the prepared timesteps a call is at, if its samples are at one and the model is as it was."""
+        plan = self._plan
+        if plan is None:
+            return None
+        if plan.signature != self._plan_signature(plan):
+            self.clear_plan()
+            return None
+        if plan.step is not None and (
+            timestep.device.type != "cpu" or bool((timestep == plan.timesteps[plan.step]).all())
+        ):
+            return plan.step
+        times = set(timestep.tolist())
+        if len(times) == 1 and (time := times.pop()) in plan.timesteps:
+            return plan.timesteps.index(time)
+        return None
+
+    def _find_modulations(self, step: int, class_labels, labels, batch_size: int, noise_level) -> list | None:
+        """What was prepared for the labels, as given and as tensor on the device, and the noise level as given."""
+        plan = self._plan
+        if not plan.modulations or torch.is_tensor(noise_level) or noise_level != plan.noise_level:
+            return None
+        if labels is None:
+            return [modulation[step].expand(batch_size, -1, -1) for modulation in plan.modulations]
+        rows = plan.label_rows[labels]
+        # Elsewhere than on CPU a look at the labels would wait for the device.
+        if labels.device.type == "cpu":
+            is_prepared = not bool((rows < 0).any())
+        else:
+            is_prepared = class_labels is plan.class_labels and _signature([class_labels]) == plan.label_signature
+        return [modulation[step][rows] for modulation in plan.modulations] if is_prepared else None
+
+    def _find_keys_values(self, text: _Text, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """What was prepared for a text, which is found by its memory."""
+        plan = self._plan
+        if plan is None or not plan.keys_values or not text.is_part_of(plan.text):
+            return None
+        if _signature(plan.text.sources) != plan.text_signature:
+            return None
+        if text.states is None:  # the null caption for all
+            return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
+        return [tuple(states[:batch_size] for states in pair) for pair in plan.keys_values]
+
+    # Checks of what is given
+
+    def _check_input(self, hidden_states: torch.Tensor, attention_kwargs: dict | None, gate_noise) -> torch.Size:
         num_channels = self.config.in_channels + self.config.condition_channels
         if hidden_states.ndim != 4 or hidden_states.shape[1] != num_channels:
             parts = "`in_channels` + `condition_channels` = " if self.config.condition_channels else ""
@@ -2415,19 +2127,34 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"`hidden_states` must have shape (batch_size, {parts}{num_channels}, height, width), but it has shape "
                 f"{tuple(hidden_states.shape)}."
             )
-        self._check_size(*hidden_states.shape[2:], "hidden_states")
+        batch_size, _, height, width = hidden_states.shape
+        self._check_size(height, width, "hidden_states")
         if attention_kwargs:
             raise ValueError(
                 f"`attention_kwargs` has the unknown keys {', '.join(map(repr, attention_kwargs))}. Use 'scale' only."
             )
-        return hidden_states.shape
-
-    def _check_gate_noise(self, gate_noise: torch.Tensor | None, shape: torch.Size) -> None:
-        expected = (shape[0], self.config.num_layers, self.gate_noise_size(shape[1]))
+        num_gates = self.gate_noise_size(height * width // self.config.patch_size**2)
+        expected = (batch_size, self.config.num_layers, num_gates)
         if gate_noise is not None and gate_noise.shape != expected:
             raise ValueError(
                 f"`gate_noise` must have shape {expected}, samples, layers and gates, but it has shape "
                 f"{tuple(gate_noise.shape)}."
+            )
+        return hidden_states.shape
+
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        patch_size = self.config.patch_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"The height and width of `{name}`, {(height, width)}, must be divisible by `patch_size`={patch_size}."
+            )
+
+    def _check_timesteps(self, timesteps: torch.Tensor) -> None:
+        if not torch.is_tensor(timesteps) or timesteps.ndim != 1 or len(timesteps) == 0:
+            given = f"shape {tuple(timesteps.shape)}" if torch.is_tensor(timesteps) else type(timesteps).__name__
+            raise ValueError(
+                f"`timesteps` must be a tensor of shape (num_calls,), but it is {given}. Give the times of all calls in "
+                "one tensor."
             )
 
     def _prepare_timestep(self, timestep: torch.Tensor | float | int, batch_size: int, device) -> torch.Tensor:
@@ -2435,16 +2162,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if not isinstance(timestep, (int, float)):
                 raise TypeError(f"`timestep` must be a number or a tensor, but it is a {type(timestep).__name__}.")
             timestep = torch.tensor(timestep, dtype=torch.float32, device=device)
-        if timestep.shape not in ((), (1,), (batch_size,)):
-            raise ValueError(
-                f"`timestep` must be a number or have shape ({batch_size},), one time per sample, but it has shape "
-                f"{tuple(timestep.shape)}."
-            )
-        return timestep.to(device=device, dtype=torch.float32).expand(batch_size)
+        return _one_per_sample("timestep", timestep, "time", batch_size, device)
 
-    def _prepare_noise_level(
-        self, noise_level: torch.Tensor | float | None, batch_size: int, device
-    ) -> torch.Tensor | None:
+    def _prepare_noise_level(self, noise_level, batch_size: int, device) -> torch.Tensor | None:
         if not self.config.noise_level_conditioning:
             if noise_level is not None:
                 raise ValueError("`noise_level` was given, but the model has no `noise_level_conditioning`.")
@@ -2453,122 +2173,20 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError("`noise_level` must be given: the model has `noise_level_conditioning`.")
         if not torch.is_tensor(noise_level):
             noise_level = torch.tensor(float(noise_level))
-        if noise_level.shape not in ((), (1,), (batch_size,)):
-            raise ValueError(
-                f"`noise_level` must be a number or have shape ({batch_size},), one level per sample, but it has shape "
-                f"{tuple(noise_level.shape)}."
-            )
         # Elsewhere than on CPU this check would wait for the device.
         if noise_level.device.type == "cpu" and not torch.compiler.is_compiling():
             if not bool(((noise_level >= 0) & (noise_level <= 1000)).all()):
                 raise ValueError(f"`noise_level`={noise_level.tolist()} must be in [0, 1000]; 1000 is pure noise.")
-        return noise_level.to(device=device, dtype=torch.float32).expand(batch_size)
-
-    def _check_text(
-        self,
-        states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        dropout_mask: torch.Tensor | None,
-        batch_size: int,
-    ) -> None:
-        config = self.config
-        if config.cross_attention_dim is None:
-            names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
-            for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
-                if tensor is not None:
-                    raise ValueError(
-                        f"`{name}` was given, but the model takes no text (`cross_attention_dim` is None)."
-                    )
-            return
-        if dropout_mask is not None:
-            if not self.has_null_caption:
-                raise ValueError(
-                    "`caption_dropout_mask` was given, but the model has no null caption (`caption_dropout_prob` is 0)."
-                )
-            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"`caption_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
-                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
-                )
-        if states is None:
-            if not self.has_null_caption:
-                raise ValueError(
-                    "`encoder_hidden_states` must be given: the model has no null caption (`caption_dropout_prob` is 0)."
-                )
-            if attention_mask is not None:
-                raise ValueError("`encoder_attention_mask` was given without `encoder_hidden_states`.")
-            return
-        width = config.caption_channels or config.cross_attention_dim
-        if states.ndim != 3 or len(states) != batch_size or states.shape[1] < 1 or states.shape[2] != width:
-            raise ValueError(
-                f"`encoder_hidden_states` must have shape ({batch_size}, num_text_tokens, {width}), but it has shape "
-                f"{tuple(states.shape)}."
-            )
-        if attention_mask is None:
-            return
-        if attention_mask.shape != states.shape[:2] or attention_mask.dtype != torch.bool:
-            raise ValueError(
-                f"`encoder_attention_mask` must be boolean of shape {tuple(states.shape[:2])}, one entry per token of the "
-                f"text, but it is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}."
-            )
-        # Elsewhere than on CPU this check would wait for the device at every step.
-        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            is_empty = ~attention_mask.any(dim=1)
-            if dropout_mask is not None:
-                is_empty &= ~dropout_mask.cpu()
-            if bool(is_empty.any()):
-                raise ValueError(
-                    f"`encoder_attention_mask` leaves nothing of the texts of the samples "
-                    f"{is_empty.nonzero().squeeze(1).tolist()}. Drop their captions by `caption_dropout_mask`."
-                )
-
-    def _prepare_text(
-        self, states, attention_mask, dropout_mask, batch_size: int, like: torch.Tensor, is_prepared: bool = False
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """
-        States for the keys and values, (B, L, cross_attention_dim), unless these are prepared, and the mask of the text,
-        (B, 1, 1, L); in the dtype and on the device of `like`.
-        """
-        if states is not None and dropout_mask is None and self.training and self.has_null_caption:
-            dropout_mask = torch.rand(batch_size, device=like.device) < self.config.caption_dropout_prob
-        dropout_mask = None if dropout_mask is None else dropout_mask.to(like.device)
-        text_mask = None
-        if attention_mask is not None:
-            text_mask = attention_mask.to(like.device)
-            if dropout_mask is not None:  # all of its tokens are the same, and there must be one
-                text_mask = text_mask | dropout_mask[:, None]
-            text_mask = text_mask[:, None, None]
-        if is_prepared:
-            return None, text_mask
-        if states is not None:
-            states = states.to(like.device, like.dtype)
-        if states is None or dropout_mask is not None:
-            null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
-            if states is None:
-                states = null.expand(batch_size, -1, -1)
-            else:
-                states = torch.where(dropout_mask[:, None, None], null, states)
-        if self.caption_projection is not None:
-            states = self.caption_projection(states)
-        return states, text_mask
+        return _one_per_sample("noise_level", noise_level, "level", batch_size, device)
 
     def _prepare_class_labels(
-        self,
-        class_labels: torch.Tensor | None,
-        dropout_mask: torch.Tensor | None,
-        batch_size: int,
-        device,
-        may_drop: bool = False,
+        self, class_labels, dropout_mask, batch_size: int, device, may_drop: bool = False
     ) -> torch.Tensor | None:
         null_label = self.null_class_label
         if dropout_mask is not None:
             if null_label is None:
                 raise ValueError("`class_dropout_mask` was given, but the model has no null class to replace labels.")
-            if dropout_mask.shape != (batch_size,) or dropout_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"`class_dropout_mask` must be boolean of shape ({batch_size},), one entry per sample, but it is "
-                    f"{dropout_mask.dtype} of shape {tuple(dropout_mask.shape)}."
-                )
+            _check_mask("class_dropout_mask", dropout_mask, (batch_size,), "sample")
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` were given, but the model is unconditional (`num_classes` is None).")
@@ -2601,6 +2219,139 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
         return class_labels
 
+    def _check_text(self, text: _Text, batch_size: int) -> None:
+        states, attention_mask, dropout_mask = text.states, text.attention_mask, text.dropout_mask
+        config = self.config
+        if config.cross_attention_dim is None:
+            names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
+            for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
+                if tensor is not None:
+                    raise ValueError(
+                        f"`{name}` was given, but the model takes no text (`cross_attention_dim` is None)."
+                    )
+            return
+        if dropout_mask is not None:
+            if not self.has_null_caption:
+                raise ValueError(
+                    "`caption_dropout_mask` was given, but the model has no null caption (`caption_dropout_prob` is 0)."
+                )
+            _check_mask("caption_dropout_mask", dropout_mask, (batch_size,), "sample")
+        if states is None:
+            if not self.has_null_caption:
+                raise ValueError(
+                    "`encoder_hidden_states` must be given: the model has no null caption (`caption_dropout_prob` is 0)."
+                )
+            if attention_mask is not None:
+                raise ValueError("`encoder_attention_mask` was given without `encoder_hidden_states`.")
+            return
+        width = config.caption_channels or config.cross_attention_dim
+        if states.ndim != 3 or len(states) != batch_size or states.shape[1] < 1 or states.shape[2] != width:
+            raise ValueError(
+                f"`encoder_hidden_states` must have shape ({batch_size}, num_text_tokens, {width}), but it has shape "
+                f"{tuple(states.shape)}."
+            )
+        if attention_mask is None:
+            return
+        _check_mask("encoder_attention_mask", attention_mask, tuple(states.shape[:2]), "token of the text")
+        # Elsewhere than on CPU this check would wait for the device at every step.
+        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            is_empty = ~attention_mask.any(dim=1)
+            if dropout_mask is not None:
+                is_empty &= ~dropout_mask.cpu()
+            if bool(is_empty.any()):
+                raise ValueError(
+                    f"`encoder_attention_mask` leaves nothing of the texts of the samples "
+                    f"{is_empty.nonzero().squeeze(1).tolist()}. Drop their captions by `caption_dropout_mask`."
+                )
+
+
+def _check_mask(name: str, mask: torch.Tensor, shape: tuple[int, ...], entry: str) -> None:
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"`{name}` must be boolean of shape {shape}, one entry per {entry}, but it is {mask.dtype} of shape "
+            f"{tuple(mask.shape)}."
+        )
+
+
+def _one_per_sample(name: str, tensor: torch.Tensor, entry: str, batch_size: int, device) -> torch.Tensor:
+    """Float32 of shape (B,), of one number or of one for each sample."""
+    if tensor.shape not in ((), (1,), (batch_size,)):
+        raise ValueError(
+            f"`{name}` must be a number or have shape ({batch_size},), one {entry} per sample, but it has shape "
+            f"{tuple(tensor.shape)}."
+        )
+    return tensor.to(device=device, dtype=torch.float32).expand(batch_size)
+
+
+# Speed: the products. Nothing from here on changes what the model computes.
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn(dtype: torch.dtype) -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+def _can_use_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN may take a product in place of `linear`: on x86 CPUs, where nothing but the value is asked for."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype == weight.dtype
+        and not _is_transformed()
+        and type(input) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and input.numel() > 0
+        and weight.shape[0] > 1  # a product with one row of weights takes it twice the time
+        and _has_onednn(weight.dtype)
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether gradients, autocast, `torch.func` or forward-mode differentiation ask for more, which oneDNN's lacks."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _onednn_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool
+) -> torch.Tensor:
+    gelu = ("gelu", [], "tanh") if with_gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, *gelu)
+
+
+# As an operator of its own for compiled graphs: inductor takes oneDNN's only with constant weights.
+if not hasattr(torch.ops.diffusers_dyna, "linear"):  # this file may be loaded twice, also as a copy from the Hub
+    torch.library.custom_op("diffusers_dyna::linear", _onednn_linear, mutates_args=()).register_fake(
+        lambda input, weight, bias, with_gelu: input.new_empty((*input.shape[:-1], weight.shape[0]))
+    )
+
+
+def _linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, with_gelu: bool = False
+) -> torch.Tensor:
+    """
+    `linear`, and GELU (tanh) if asked for. Without gradients on an x86 CPU by oneDNN, with GELU fused: the static model
+    is twice as fast in float32 on an AMD processor with AVX-512 (`python examples/benchmark.py --only static`).
+    """
+    if _can_use_onednn(input, weight):
+        is_compiling = torch.compiler.is_compiling()
+        linear = torch.ops.diffusers_dyna.linear if is_compiling else _onednn_linear
+        return linear(input, _without_gaps(weight), bias, with_gelu)
+    output = F.linear(input, weight, bias)
+    return F.gelu(output, approximate="tanh") if with_gelu else output
+
+
+def _without_gaps(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix by rows or by columns. With gaps between them, oneDNN would take its reference implementation."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
 
 def _fill_up(count: int, batch_size: int, device: torch.device) -> int:
     """
@@ -2614,14 +2365,125 @@ def _fill_up(count: int, batch_size: int, device: torch.device) -> int:
     return -(-count // multiple) * multiple
 
 
-def _partition(sets: list[tuple[int, ...]], device) -> list[tuple[torch.Tensor | None, tuple[int, ...]]]:
-    """The distinct sets of a batch, each with the indices of its samples; one set for all has the indices `None`."""
-    samples = {}
-    for sample, active in enumerate(sets):
-        samples.setdefault(active, []).append(sample)
-    if len(samples) == 1:
-        return [(None, sets[0])]
-    return [(torch.tensor(rows, device=device), active) for active, rows in samples.items()]
+# Speed: prepared trajectories
+
+
+@dataclass
+class _Slots:
+    """
+    Memory for the groups of one layer, one after the other, rows or columns alike. A set of groups lies in the first of
+    them; `cut`, its weight and bias, are views.
+    """
+
+    weight: torch.Tensor  # (slots, channels of all stacked matrices, width of the other side)
+    bias: torch.Tensor | None
+    cut: tuple[torch.Tensor, torch.Tensor | None] = (None, None)
+    groups: tuple[int, ...] = ()
+    state: tuple = ()
+    sources: tuple = ()  # held, so that nothing else comes to lie at their addresses
+
+
+class _CutWeights:
+    """
+    The cut weights of a prepared trajectory: for each layer the set of groups that it ran with last. To go on to another
+    set, only the groups are copied that were not at their place.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.num_slots = {}  # by layer; what is not in here is cut in each call
+        self.slots = {}
+
+    def take(self, num_bytes: int) -> bool:
+        """Counts memory for something else that is prepared, if there is enough left."""
+        if self.num_bytes + num_bytes > self.max_bytes:
+            return False
+        self.num_bytes += num_bytes
+        return True
+
+    def admit(self, num_slots: dict[DynaLinear, int]) -> None:
+        """Settles which layers get memory: as many as fit, from the first on, each for the largest set that it needs."""
+        num_bytes = self.num_bytes
+        for layer, count in num_slots.items():
+            sources = (layer.weight, layer.bias) if layer.dyna_dim[1] else (layer.weight,)
+            size = _num_bytes(sources) * count // layer.num_heads
+            if num_bytes + size <= self.max_bytes:
+                self.num_slots[layer] = count
+                num_bytes += size
+
+    def get(
+        self, layer: DynaLinear, groups, low_rank, with_full: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `DynaLinear._cut`; what an earlier call got is no longer valid."""
+        is_full = len(groups) == layer.num_heads and not with_full
+        if is_full or len(groups) > self.num_slots.get(layer, 0) or _is_captured(layer.weight):
+            return layer._cut(groups, low_rank, with_full)
+        sources = (layer.weight, layer.bias, *(factor for factors in low_rank for factor in factors[:2]))
+        state = (_signature(sources), layer._merged_adapters, *(scale for *_, scale in low_rank))
+        slots = self.slots.get(layer)
+        if slots is None or slots.state != state:
+            # Storage that a hook fills in for the length of the call is not the layer's own: nothing to keep.
+            # Nor does a weight made in inference mode tell when it is written to.
+            if _has_hooks(layer) or any(source is not None and source.is_inference() for source in sources):
+                return layer._cut(groups, low_rank, with_full)
+            slots = self._allocate(layer, slots)
+            slots.state = state
+            slots.sources = tuple(source.detach() for source in sources if source is not None)
+        if slots.groups != groups:
+            self._fill(slots, layer, groups, low_rank)
+        return slots.cut
+
+    def _allocate(self, layer: DynaLinear, slots: _Slots | None) -> _Slots:
+        """Memory for a layer, or what it has, emptied."""
+        num_slots, is_row, like = self.num_slots[layer], layer.dyna_dim[1], layer.weight
+        width, other = (layer.out_features, layer.in_features) if is_row else (layer.in_features, layer.out_features)
+        if slots is not None and (slots.weight.dtype, slots.weight.device) == (like.dtype, like.device):
+            slots.groups = ()
+            return slots
+        if slots is not None:
+            self.num_bytes -= _num_bytes((slots.weight, slots.bias))
+            del self.slots[layer], slots
+        with torch.inference_mode(False):  # else nothing could be written there outside of it
+            weight = like.new_empty(num_slots, width // layer.num_heads, other)
+            bias = layer.bias.new_empty(*weight.shape[:2]) if is_row and layer.bias is not None else None
+        self.slots[layer] = _Slots(weight, bias)
+        self.num_bytes += _num_bytes((weight, bias))
+        return self.slots[layer]
+
+    def _fill(self, slots: _Slots, layer: DynaLinear, groups, low_rank) -> None:
+        is_row, bias = layer.dyna_dim[1], layer.bias
+        old, slots.groups = slots.groups, ()  # until all of it is there: an error may end the loop
+        for place, group in enumerate(groups):
+            if place < len(old) and old[place] == group:
+                continue
+            weight, group_bias = layer._cut((group,), low_rank)
+            slots.weight[place].copy_(weight if is_row else weight.t())
+            if slots.bias is not None:
+                slots.bias[place].copy_(group_bias)
+        weight = slots.weight[: len(groups)].flatten(0, 1)
+        if is_row and bias is not None:
+            bias = slots.bias[: len(groups)].flatten()
+        slots.cut = (weight if is_row else weight.t(), bias)
+        slots.groups = groups
+
+
+@dataclass
+class _Plan:
+    """A prepared trajectory."""
+
+    timesteps: list[float]
+    decisions: list[list[_BlockDecision]]  # by step and layer
+    cut_weights: _CutWeights
+    signature: tuple = ()
+    class_labels: torch.Tensor | None = None
+    label_signature: tuple = ()
+    label_rows: torch.Tensor | None = None  # (B,): each sample's place among the distinct labels
+    modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
+    noise_level: float | None = None
+    step: int | None = None
+    text: _Text | None = None  # that keys and values were made of
+    text_signature: tuple = ()
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
 
 def _keep_places(sets: list[tuple[int, ...]], num_groups: int) -> list[tuple[int, ...]]:
@@ -2642,7 +2504,96 @@ def _keep_places(sets: list[tuple[int, ...]], num_groups: int) -> list[tuple[int
     return ordered
 
 
+def _take(tensor: torch.Tensor, groups: tuple[int, ...], dim: int) -> torch.Tensor:
+    # In whole runs of neighbours: less to copy one by one, no index to send to the device, and one run is only a view.
+    starts = [i for i, group in enumerate(groups) if i == 0 or groups[i - 1] + 1 != group] + [len(groups)]
+    runs = [tensor.narrow(dim, groups[i], end - i) for i, end in zip(starts, starts[1:], strict=False)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which would read what other calls put into the same memory."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _num_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _signature(tensors) -> tuple:
+    """Changes when a tensor is replaced, cast, moved, or written in place (not through `.data`)."""
+    return tuple(
+        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+# Adapters, quantisers and hooks around the layers
+
+
+def _run_linear(
+    layer: nn.Module, hidden_states: torch.Tensor, groups: tuple[int, ...] | None, with_gelu: bool = False
+) -> torch.Tensor:
+    """Calls a [`DynaLinear`], or what an adapter or a quantiser has put in its place, on some of its groups."""
+    if isinstance(layer, DynaLinear):
+        return layer(hidden_states, groups, with_gelu=with_gelu)
+    if groups == COMPILED:
+        return layer.base_layer(hidden_states, groups, with_gelu=with_gelu)
+    if groups is not None and len(groups) < layer.base_layer.num_heads:
+        return layer.base_layer(hidden_states, groups, _low_rank_factors(layer), with_gelu)
+    hidden_states = layer(hidden_states)
+    return F.gelu(hidden_states, approximate="tanh") if with_gelu else hidden_states
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """The [`DynaLinear`] itself, under whatever adapter."""
+    return layer if isinstance(layer, DynaLinear) else layer.base_layer
+
+
+def _low_rank_factors(layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
+    """The active factors of PEFT's LoRA around a [`DynaLinear`], or `None` for any other kind of layer."""
+    if not isinstance(getattr(layer, "base_layer", None), DynaLinear):
+        return None
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # AdaLoRA has parameters there
+        return None
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as the layer's own forward does
+    layer.base_layer._merged_adapters = tuple(layer.merged_adapters)
+    if layer.merged or layer.disable_adapters:
+        return []
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    # A variant (DoRA and its like) or a bias of the adapter is more than a low-rank update of the weight.
+    if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
+        return None
+    # Dropout acts on the input of the adapter, which a weight cannot hold.
+    if layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in active):
+        return None
+    if any(_has_hooks(factors[name]) for name in active for factors in (layer.lora_A, layer.lora_B)):
+        return None
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
+
+
+def _can_cut(layer: nn.Module) -> bool:
+    if not isinstance(layer, DynaLinear):
+        if _low_rank_factors(layer) is None:
+            return False
+        layer = layer.base_layer
+    return type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether offloading or layerwise casting fills in the module's weights only while it runs."""
     registry = getattr(module, "_diffusers_hook", None)
     return hasattr(module, "_hf_hook") or (registry is not None and not WEIGHT_HOOKS.isdisjoint(registry.hooks))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether what a layer computes changes with its weights alone, and these not without a trace (`_signature`)."""
+    plain = (nn.Linear, nn.Embedding, nn.LayerNorm, RMSNorm, DynaLinear, DynaDenseLinear, DynaFloat32Linear)
+    return (
+        type(layer) in plain
+        and type(layer.weight.data) is torch.Tensor  # quantised weights are subclasses
+        and not layer.weight.is_inference()
+        and not _has_hooks(layer)
+    )

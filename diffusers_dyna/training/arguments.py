@@ -3,12 +3,15 @@
 
 import argparse
 import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..hub import check_can_publish
 from ..models import DYNA_DIT_CONFIGS
 from ..schedulers.scheduling_flow_match import PATHS
 from .data import BUILT_IN_DATASETS
@@ -22,6 +25,7 @@ from .objectives import (
 )
 
 
+TASKS = ("generate", "inpaint", "upscale")
 BUDGET = (
     "budget",
     "budget_loss_weight",
@@ -71,6 +75,27 @@ FREE_ON_RESUME = {
 }
 
 
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the model is to do with an image."""
+    group = parser.add_argument_group("task")
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        default="generate",
+        help="generate: whole images; inpaint: what is under a mask, by random masks; upscale: super-resolution. "
+        "Default: generate.",
+    )
+    group.add_argument(
+        "--upscale_factor", type=int, choices=(2, 4), help="Of --task upscale: from which part of --resolution."
+    )
+    group.add_argument(
+        "--max_noise_level",
+        type=float,
+        help="Of --task upscale: the low-resolution image is noised at a level from 0 to this one, in units of "
+        "timestep, in [0, 1000]. Default: 350.",
+    )
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, with_captions: bool = False) -> None:
     """
     Which images, with their classes or captions. One of `--dataset`, `--train_data_dir` and `--dataset_name` applies.
@@ -89,7 +114,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, with_captions: bool = Fa
     group.add_argument("--data_root", help="Folder with the IDX files of --dataset fashion-mnist, plain or .gz.")
     group.add_argument(
         "--train_data_dir",
-        help="Folder of images with metadata.jsonl or metadata.csv: the column file_name, and --caption_column."
+        help="Folder of images with metadata.jsonl or metadata.csv: the column file_name, and --caption_column. Only the "
+        "metadata at the top is read, whose file_name may lead into folders below."
         if with_captions
         else "Folder of images; an image's class is the name of its first folder.",
     )
@@ -366,6 +392,34 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as private.")
 
 
+def parse_args(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    check: Callable[[argparse.Namespace, argparse.Namespace], None],
+) -> argparse.Namespace:
+    """
+    The arguments of a script, checked; what is wrong with them ends the process with a message.
+
+    Args:
+        parser (`argparse.ArgumentParser`): with all groups of [`check_arguments`].
+        argv (`list[str]`, *optional*): `None` is what the process was started with.
+        check (`Callable`): of the script: given the arguments and their defaults, raises a `ValueError`.
+
+    Returns:
+        `argparse.Namespace`.
+    """
+    args = parser.parse_args(argv)
+    try:
+        check_arguments(args)
+        check(args, parser.parse_args([]))
+        # One process asks for all: the Hub limits how often a token may be checked.
+        if args.push_to_hub and os.environ.get("RANK", "0") == "0":
+            check_can_publish(args.hub_model_id or Path(args.output_dir).name)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return args
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """
     Raises on everything that can be known to be wrong before data and model are touched.
@@ -484,3 +538,47 @@ def check_transformer_arguments(args: argparse.Namespace, defaults: argparse.Nam
         raise ValueError(
             f"{', '.join(f'`--{name}`' for name in given)} and `--pretrained_model_name_or_path` both define the model."
         )
+
+
+def check_task_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises on everything about a task that can be known to be wrong before data and model are touched.
+
+    Args:
+        args (`argparse.Namespace`): of a parser with the task, data, latents and objective groups.
+
+    Raises:
+        `ValueError`: naming the argument, its value and what is allowed.
+    """
+    if args.task == "generate":
+        if args.vae is not None and args.streaming:
+            raise ValueError("`--vae` caches the latents of all images, so it cannot be used with `--streaming`.")
+    else:
+        if args.streaming:
+            raise ValueError(f"`--task {args.task}` draws its samples from images by index, not from `--streaming`.")
+        if args.latent_cache_dir is not None:
+            raise ValueError(
+                f"`--latent_cache_dir` is for `--task generate`: with `--task {args.task}` images are encoded as they "
+                "come, since their conditions change."
+            )
+        if args.coupling == "ot":
+            raise ValueError(
+                f"`--coupling ot` is for `--task generate`: with `--task {args.task}` every image has a condition of "
+                "its own, so that no two could change their noise."
+            )
+    if args.task != "upscale":
+        for name in ("upscale_factor", "max_noise_level"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"`--{name}` is for `--task upscale`.")
+    else:
+        if args.upscale_factor is None:
+            raise ValueError("`--task upscale` needs `--upscale_factor`, 2 or 4.")
+        if args.max_noise_level is not None and not 0 <= args.max_noise_level <= 1000:
+            raise ValueError(f"`--max_noise_level` {args.max_noise_level} must be in [0, 1000]; 0 adds no noise.")
+        if args.resolution is not None and args.resolution % args.upscale_factor:
+            raise ValueError(
+                f"`--upscale_factor` {args.upscale_factor} must divide `--resolution` {args.resolution}. Use "
+                f"{args.resolution - args.resolution % args.upscale_factor} pixels."
+            )
+        if args.objective != "flow":
+            raise ValueError("`--task upscale` is for `--objective flow`: its noise levels are not steps of DDPM.")

@@ -248,8 +248,9 @@ class ImageFolderSource(ImageSource):
 class CaptionFolderSource(ImageFolderSource):
     """
     The images under a folder, with captions from its `metadata.jsonl` or `metadata.csv`, as the `datasets` library has
-    them: a row for each image, its path from the folder in the column `file_name`. A caption of `metadata.jsonl` may be a
-    list of captions; several rows of one image are several captions.
+    them: a row for each image, its path from the folder in the column `file_name`. Unlike there, metadata of the folders
+    below is not read. A caption of `metadata.jsonl` may be a list of captions; several rows of one image are several
+    captions.
 
     Args:
         folder (`str` or `Path`): has the images, anywhere below, and the metadata file.

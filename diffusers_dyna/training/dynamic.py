@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
+from ..conversion import sort_by_importance
 from ..models import DYNA_DIT_CONFIGS, DynaDiTTransformer2DModel
 from . import activity, arguments, data, loop, objectives
 from .budget import budget_at, budget_loss
-from .randomness import keyed_randn, keyed_uniform
+from .randomness import keyed_randn, keyed_seed, keyed_uniform
 from .run import NoisyBatch, TrainingRun
 from .warm_start import adapt_transformer, load_transformer
 
@@ -25,7 +27,7 @@ def make_transformer(
     args: argparse.Namespace, checkpoint: Path | None, expected: dict, with_text: bool = False
 ) -> DynaDiTTransformer2DModel:
     """
-    The transformer at the start of a run, or that of a checkpoint.
+    The transformer at the start of a run, sorted where `--sort_by_importance`, or that of a checkpoint.
 
     Args:
         args (`argparse.Namespace`): with the arguments of `add_transformer_arguments` and `add_budget_arguments`.
@@ -44,6 +46,14 @@ def make_transformer(
     """
     if checkpoint is not None and (checkpoint / "transformer").is_dir():
         return DynaDiTTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
+    set_seed(keyed_seed(args.seed, "weights") % 2**32)  # numpy takes 32 bits
+    transformer = _make_first_transformer(args, expected, with_text)
+    if args.sort_by_importance and checkpoint is None:
+        sort_by_importance(transformer)
+    return transformer
+
+
+def _make_first_transformer(args: argparse.Namespace, expected: dict, with_text: bool) -> DynaDiTTransformer2DModel:
     if args.pretrained_model_name_or_path is None:
         config = DYNA_DIT_CONFIGS[args.preset] if args.preset else {}
         shape = {name: getattr(args, name) for name in arguments.SHAPE if getattr(args, name) is not None}

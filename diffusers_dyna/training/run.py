@@ -224,7 +224,7 @@ class TrainingRun:
                 they are.
             validation_inputs (`dict`, *optional*):
                 What the pipeline is called with to draw `--num_validation_images` samples, lists of that length, where
-                it is not each class in turn.
+                it is not each class in turn. Empty is `None`.
 
         Raises:
             `ValueError`: if the checkpoint is from another run.
@@ -588,9 +588,9 @@ class TrainingRun:
         args, model = self.args, getattr(pipeline, self.component)
         num_classes, num_images = model.config.num_classes, args.num_validation_images
         inputs = self.validation_inputs
-        if inputs is None and num_classes is None:
+        if not inputs and num_classes is None:
             inputs = {"class_labels": None, "num_images_per_prompt": num_images}
-        elif inputs is None:
+        elif not inputs:
             inputs = {"class_labels": [i % num_classes for i in range(num_images)]}
         has_null = model.null_class_label is not None or getattr(model, "has_null_caption", False)
         pipeline.set_progress_bar_config(disable=True)

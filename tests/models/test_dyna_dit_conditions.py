@@ -14,7 +14,7 @@ from accelerate import cpu_offload
 from diffusers import AutoModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
 from diffusers_dyna import DynaDiTTransformer2DModel
-from diffusers_dyna.models.transformer_dyna_dit import DynaAttnProcessor, DynaKVLinear
+from diffusers_dyna.models.transformer_dyna_dit import DynaAttnProcessor
 
 from ..testing_utils import counted_macs, dit_inputs, mixed_dyna_dit, randn, tiny_dyna_dit
 
@@ -187,39 +187,29 @@ def test_keys_and_values_of_the_text_are_computed_once():
     prepare(model, arguments)
     assert model.plan_bytes >= 3 * 7 * 2 * 32 * 3 * 4  # B, L, keys and values, layers, float32
 
-    calls = []
-    method = DynaKVLinear.forward
-
-    def counted(self, *args, **kwargs):
-        calls.append(self)
-        return method(self, *args, **kwargs)
-
-    DynaKVLinear.forward = counted
-    try:
-        torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
-        leading = {name: value[:2] for name, value in arguments.items()}
-        torch.testing.assert_close(run(model, leading).sample, expected[:2], **CLOSE)
-        assert not calls
-        for overrides in (
-            {"encoder_hidden_states": states},
-            {"encoder_hidden_states": arguments["encoder_hidden_states"].clone()},
-            {"caption_dropout_mask": arguments["caption_dropout_mask"].clone()},
-        ):
-            other = overrides.get("encoder_hidden_states") is states
-            actual = run(model, arguments, **overrides).sample
-            torch.testing.assert_close(actual, expected_of_other if other else expected, **CLOSE)
-            assert len(calls) == 3
-            del calls[:]
-        mask = arguments["encoder_attention_mask"].clone()  # keys and values do not hang on it
-        torch.testing.assert_close(run(model, arguments, encoder_attention_mask=mask).sample, expected, **CLOSE)
-        assert not calls
-        trailing = {name: value[1:] for name, value in arguments.items()}
-        torch.testing.assert_close(run(model, trailing).sample, expected[1:], **CLOSE)
-        arguments["encoder_hidden_states"].copy_(states)  # the same memory, another text
-        torch.testing.assert_close(run(model, arguments).sample, expected_of_other, **CLOSE)
-        assert len(calls) == 6
-    finally:
-        DynaKVLinear.forward = method
+    calls = count_calls(model)
+    torch.testing.assert_close(run(model, arguments).sample, expected, **CLOSE)
+    leading = {name: value[:2] for name, value in arguments.items()}
+    torch.testing.assert_close(run(model, leading).sample, expected[:2], **CLOSE)
+    assert not calls
+    for overrides in (
+        {"encoder_hidden_states": states},
+        {"encoder_hidden_states": arguments["encoder_hidden_states"].clone()},
+        {"caption_dropout_mask": arguments["caption_dropout_mask"].clone()},
+    ):
+        other = overrides.get("encoder_hidden_states") is states
+        actual = run(model, arguments, **overrides).sample
+        torch.testing.assert_close(actual, expected_of_other if other else expected, **CLOSE)
+        assert len(calls) == 3
+        del calls[:]
+    mask = arguments["encoder_attention_mask"].clone()  # keys and values do not hang on it
+    torch.testing.assert_close(run(model, arguments, encoder_attention_mask=mask).sample, expected, **CLOSE)
+    assert not calls
+    trailing = {name: value[1:] for name, value in arguments.items()}
+    torch.testing.assert_close(run(model, trailing).sample, expected[1:], **CLOSE)
+    arguments["encoder_hidden_states"].copy_(states)  # the same memory, another text
+    torch.testing.assert_close(run(model, arguments).sample, expected_of_other, **CLOSE)
+    assert len(calls) == 6
     model.clear_plan()
     assert model.plan_bytes == 0
 
@@ -237,6 +227,16 @@ def test_text_made_in_inference_mode_is_not_prepared():
         model.clear_plan()
         torch.testing.assert_close(after, model(**arguments).sample, **CLOSE)
     assert_differ(after, before)
+
+
+def test_captions_are_not_dropped_in_preparation():
+    """Training mode drops captions in calls; what is prepared then is used in evaluation mode."""
+    arguments = text_inputs(same_time=True, with_null=False)
+    model = mixed_dyna_dit(arguments, caption_dropout_prob=1.0, **TEXT)
+    expected = run(model, arguments).sample
+    prepare(model.train(), arguments)
+    assert model._plan.keys_values
+    torch.testing.assert_close(run(model.eval(), arguments).sample, expected, **CLOSE)
 
 
 def test_plan_orders_heads_of_the_text_too():
@@ -542,7 +542,7 @@ def test_noise_level_is_part_of_the_embedding():
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     hidden = F.silu(F.linear(features, embedding.linear_1.weight, embedding.linear_1.bias))
     added = F.linear(hidden, embedding.linear_2.weight, embedding.linear_2.bias)
-    _, plain = model._embed(arguments["timestep"], arguments["class_labels"])
+    plain = model._add_conditions(model._embed_time(arguments["timestep"]), arguments["class_labels"], None)
     torch.testing.assert_close(seen[0], F.silu(plain + added), rtol=1e-3, atol=1e-3)  # angles of up to 350
     for i, level in enumerate(levels.tolist()):
         row = {name: value[i : i + 1] for name, value in arguments.items()}

@@ -625,7 +625,7 @@ def test_gradient_of_the_compute_ratio():
     output.compute_ratio.sum().backward()
 
     with torch.no_grad():
-        temb, _ = model._embed(arguments["timestep"], None)
+        temb = model._embed_time(arguments["timestep"])
     dim, tokens = 32, 16
     attn_macs, mlp_macs = 4 * tokens * dim**2 + 2 * tokens**2 * dim, 8 * tokens * dim**2
     for i, block in enumerate(model.transformer_blocks):
@@ -686,7 +686,7 @@ def test_order_of_the_gate_noise():
     arguments["class_dropout_mask"] = torch.zeros(3, dtype=torch.bool)
     noise = gate_noise(model, 3, 16)
     with torch.no_grad():
-        temb, _ = model._embed(arguments["timestep"], None)
+        temb = model._embed_time(arguments["timestep"])
         output = model(**arguments, gate_noise=noise, output_masks=True)
         logistic = torch.logit(noise)
         for i, block in enumerate(model.transformer_blocks):

@@ -15,7 +15,13 @@ from diffusers_dyna.training.captions import build_caption_cache
 from diffusers_dyna.training.degradation import downscale, enlarge
 from diffusers_dyna.training.masks import MASK_KINDS, random_mask, random_masks
 from diffusers_dyna.training.randomness import keyed_generator, keyed_randn, keyed_uniform
-from diffusers_dyna.training.tasks import encode_images, make_captioning, make_inpainting, make_upscaling
+from diffusers_dyna.training.tasks import (
+    combine,
+    encode_images,
+    make_captioning,
+    make_inpainting,
+    make_upscaling,
+)
 
 from ..testing_utils import randn, tiny_text_encoder, tiny_tokenizer
 
@@ -220,3 +226,19 @@ class TestCaptioning:
         # Where every caption is as long as the longest one, there is nothing to mask.
         _, _, conditions = make_captioning(7, CPU, texts)({**make_batch(), "image_indices": [0, 0, 0]})
         assert set(conditions) == {"encoder_hidden_states"}
+
+    def test_beside_a_low_resolution_image(self):
+        """The draws of both parts are those of each alone."""
+        batch, states = make_batch(), randn(3, 2, 4)
+        upscaling = make_upscaling(7, CPU, FlowMatchODEScheduler(), 2, 350.0)
+
+        def captioning(given):
+            assert given is batch
+            return given["pixel_values"], None, {"encoder_hidden_states": states}
+
+        sample, condition, conditions = combine(upscaling, captioning)(batch)
+        expected_sample, expected_condition, expected = upscaling(batch)
+        assert torch.equal(sample, expected_sample) and torch.equal(condition, expected_condition)
+        assert conditions.keys() == {"noise_level", "encoder_hidden_states"}
+        assert torch.equal(conditions["noise_level"], expected["noise_level"])
+        assert conditions["encoder_hidden_states"] is states

@@ -12,7 +12,13 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import BertConfig, BertModel
 
-from diffusers_dyna import DynaDiTPipeline, DynaDiTTextToImagePipeline, DynaDiTTransformer2DModel
+from diffusers_dyna import (
+    DynaDiTInpaintPipeline,
+    DynaDiTPipeline,
+    DynaDiTTextToImagePipeline,
+    DynaDiTTransformer2DModel,
+    DynaDiTUpscalePipeline,
+)
 from diffusers_dyna.training.captions import EncodedCaptions
 from diffusers_dyna.training.randomness import keyed_uniform
 
@@ -22,6 +28,7 @@ from .script_utils import WEIGHTS, assert_same_run, load_script, read_log, run_a
 
 
 SCRIPT = "train_text_to_image.py"
+TASKS = {"inpaint": {"task": "inpaint"}, "upscale": {"task": "upscale", "upscale_factor": 2}}
 COLORS = {"red": (230, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 230)}
 
 
@@ -210,7 +217,8 @@ class TestTraining:
         model = self.load(tmp_path / "run")
         assert (model.config.router_mode, model.out_channels) == ("threshold", 6)
 
-    def test_a_data_set_and_latents(self, run_here, encoder, tmp_path):
+    @pytest.mark.parametrize("task", ["generate", *TASKS])
+    def test_a_data_set_and_latents(self, script, run_here, encoder, tmp_path, task):
         datasets = pytest.importorskip("datasets")
         rng = np.random.default_rng(0)
         images = [PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(20)]
@@ -237,10 +245,176 @@ class TestTraining:
             resolution=8,
             static=True,
             max_train_steps=3,
+            **TASKS.get(task, {}),
         )
-        pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "run")
+        pipe = script.PIPELINES[task].from_pretrained(tmp_path / "run")
         assert (pipe.transformer.config.sample_size, pipe.transformer.config.in_channels) == (4, 2)
-        assert pipe("blue", num_inference_steps=2).images[0].size == (8, 8)
+        assert (tmp_path / "run" / "latents").exists() == (task == "generate")
+        mask = PIL.Image.fromarray(np.arange(8)[:, None].repeat(8, 1) < 4)
+        inputs = {"generate": {}, "inpaint": {"image": images[0], "mask_image": mask}}
+        inputs["upscale"] = {"image": images[0].resize((4, 4))}
+        assert pipe("blue", num_inference_steps=2, **inputs[task]).images[0].size == (8, 8)
+
+
+@pytest.fixture(scope="module")
+def task_runs(run_here, options, static_run, tmp_path_factory):
+    """40 static steps of each task from the weights, the text encoder and the tokenizer of the static run."""
+    folder = tmp_path_factory.mktemp("tasks")
+    own = {name: value for name, value in options.items() if name != "text_encoder"}
+    for task, words in TASKS.items():
+        run_here(
+            folder / task,
+            pretrained_model_name_or_path=static_run,
+            static=True,
+            max_train_steps=40,
+            learning_rate=5e-3,
+            ema_decay=0.5,
+            validation_steps=40,
+            **{**own, **words},
+        )
+    return folder
+
+
+class TestTasks:
+    def picture(self, color: str, size: int) -> PIL.Image.Image:
+        return PIL.Image.new("RGB", (size, size), COLORS[color])
+
+    def draw(self, pipe, prompt: str, **inputs) -> np.ndarray:
+        pipe.set_progress_bar_config(disable=True)
+        settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "np"}
+        return pipe(prompt, generator=torch.Generator().manual_seed(0), **settings, **inputs).images[0]
+
+    def test_a_hole_is_filled_by_prompt_and_by_what_is_around_it(self, task_runs):
+        pipe = DynaDiTInpaintPipeline.from_pretrained(task_runs / "inpaint")
+        hole = np.zeros((8, 8), dtype=bool)
+        hole[1:7, 1:7] = True
+        mask, red = PIL.Image.fromarray(hole), self.picture("red", 8)
+        gray = PIL.Image.new("RGB", (8, 8), (128, 128, 128))
+        for i, color in enumerate(COLORS):
+            drawn = self.draw(pipe, f"a {color} square", image=gray, mask_image=mask)
+            assert drawn[hole].mean(axis=0).argmax() == i
+        first = self.draw(pipe, "blue", image=red, mask_image=mask)
+        assert np.abs(first - drawn)[hole].max() > 0.02  # the same prompt and noise, in another surrounding
+        hole[:4] = False
+        other = self.draw(pipe, "blue", image=red, mask_image=PIL.Image.fromarray(hole))
+        assert np.abs(first - other)[hole].max() > 0.02
+        assert np.abs(other - np.asarray(red) / 255)[~hole].max() < 1e-6
+
+    def test_an_image_is_enlarged_by_prompt_and_by_what_it_shows(self, task_runs):
+        pipe = DynaDiTUpscalePipeline.from_pretrained(task_runs / "upscale")
+        assert (pipe.config.upscale_factor, pipe.config.max_noise_level) == (2, 350.0)
+        gray = PIL.Image.new("RGB", (4, 4), (128, 128, 128))
+        drawn = {color: self.draw(pipe, f"a {color} square", image=gray) for color in COLORS}
+        for i, image in enumerate(drawn.values()):
+            assert image.shape == (8, 8, 3)
+            assert image.mean(axis=(0, 1)).argmax() == i
+        other = self.draw(pipe, "a blue square", image=self.picture("red", 4))
+        assert np.abs(other - drawn["blue"]).max() > 0.02  # the same prompt and noise, of another image
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_a_step_has_both_conditions(self, run_here, options, tmp_path, monkeypatch, task):
+        given, forward = [], DynaDiTTransformer2DModel.forward
+
+        def spy(model, hidden_states, *args, **kwargs):
+            given.append((hidden_states, kwargs))
+            return forward(model, hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(DynaDiTTransformer2DModel, "forward", spy)
+        settings = {"static": True, "max_train_steps": 1, "num_validation_images": 0, "caption_dropout_prob": 0.5}
+        run_here(tmp_path / "run", **options, **TASKS[task], **settings)
+        (hidden_states, conditions) = given[0]
+        assert hidden_states.shape[1] == 3 + {"inpaint": 4, "upscale": 3}[task]
+        states = conditions["encoder_hidden_states"]
+        assert states.shape[::2] == (16, 16) and states.flatten(1).unique(dim=0).shape[0] > 3
+        assert 0 < conditions["caption_dropout_mask"].sum() < 16
+        assert ("noise_level" in conditions) == (task == "upscale")
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_a_validation_has_images_and_captions(self, script, run_here, options, tmp_path, monkeypatch, task):
+        given = []
+        pipeline = script.PIPELINES[task]
+        draw = pipeline.__call__
+        monkeypatch.setattr(pipeline, "__call__", lambda pipe, **kwargs: given.append(kwargs) or draw(pipe, **kwargs))
+        settings = {"static": True, "max_train_steps": 1, "num_validation_images": 3, "max_noise_level": 200}
+        settings = {**options, **TASKS[task], **settings}
+        if task == "inpaint":
+            del settings["max_noise_level"]
+        run_here(tmp_path / "run", **settings)
+        monkeypatch.undo()
+        pipe = pipeline.from_pretrained(tmp_path / "run")
+        assert task == "inpaint" or pipe.config.max_noise_level == 200
+        (inputs,) = given
+        order = np.argsort([f"{i}.png" for i in range(30)])  # of the paths, as the source has them
+        colors = [list(COLORS)[order[i] % 3] for i in (0, 10, 20)]
+        with torch.no_grad():
+            prompts = [f"a {color} square" for color in colors]
+            embeds, _, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        torch.testing.assert_close(inputs["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
+        for image, color in zip(inputs["image"], colors, strict=True):
+            assert image.size == {"inpaint": (8, 8), "upscale": (4, 4)}[task]
+            assert np.asarray(image).mean(axis=(0, 1)).argmax() == list(COLORS).index(color)
+        assert ("mask_image" in inputs) == (task == "inpaint")
+        assert (tmp_path / "run" / "samples.png").exists()
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_a_model_of_captions_goes_on_with_the_task(self, run_here, options, static_run, tmp_path, task):
+        """One step at a rate of next to nothing: whatever the condition, the outputs are those of the old model."""
+        run_here(
+            tmp_path / "run",
+            pretrained_model_name_or_path=static_run,
+            static=True,
+            max_train_steps=1,
+            learning_rate=1e-12,
+            num_validation_images=0,
+            **{**options, **TASKS[task]},
+        )
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(static_run)
+        after = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer").eval()
+        assert after.config.condition_channels == {"inpaint": 4, "upscale": 3}[task]
+        sample = randn(2, 3, 8, 8)
+        given = torch.cat([sample, randn(2, after.config.condition_channels, 8, 8, seed=1)], dim=1)
+        level = {"noise_level": 200.0} if task == "upscale" else {}
+        with torch.no_grad():
+            embeds, mask, _, _ = pipe.encode_prompt(["a red square", "blue"], do_classifier_free_guidance=False)
+            text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+            expected = pipe.transformer(sample, 400, **text).sample
+            torch.testing.assert_close(after(given, 400, **text, **level).sample, expected, atol=1e-5, rtol=0)
+            text = {"encoder_hidden_states": embeds.flip(0), "encoder_attention_mask": mask.flip(0)}
+            other = pipe.transformer(sample, 400, **text).sample
+        assert (expected - other).abs().max() > 0.05
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_budgets_accumulation_and_resuming(self, run_here, options, task_runs, tmp_path, task):
+        settings = {**options, **TASKS[task], "pretrained_model_name_or_path": task_runs / task}
+        settings |= {"checkpointing_steps": 4, "validation_steps": 8, "gradient_accumulation_steps": 2}
+        settings |= {"train_batch_size": 8}
+        run_here(tmp_path / "whole", max_train_steps=8, **settings)
+        run_here(tmp_path / "parts", max_train_steps=4, **settings)
+        run_here(tmp_path / "parts", max_train_steps=8, resume_from_checkpoint="latest", **settings)
+        assert_same_run(tmp_path / "whole", tmp_path / "parts", 8)
+        assert read_log(tmp_path / "whole")[-1]["compute_ratio"] < 0.7
+
+    def test_a_checkpoint_that_is_older_than_the_tasks_goes_on(self, run_here, options, tmp_path):
+        settings = {**options, "static": True, "num_validation_images": 0}
+        run_here(tmp_path / "run", max_train_steps=1, **settings)
+        state = tmp_path / "run" / "checkpoint-1" / "training_state.json"
+        content = json.loads(state.read_text())
+        for name in ("task", "upscale_factor", "max_noise_level"):
+            del content["identity"][name]
+        state.write_text(json.dumps(content))
+        settings |= {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+        with pytest.raises(ValueError, match="task: 'generate' in the checkpoint, 'inpaint' now"):
+            run_here(tmp_path / "run", **settings, task="inpaint")
+        run_here(tmp_path / "run", **settings)
+        assert read_log(tmp_path / "run")[-1]["step"] == 2
+
+    def test_a_model_of_another_task(self, run_here, options, task_runs, tmp_path):
+        for task, other in (("inpaint", TASKS["upscale"]), ("upscale", {})):
+            with pytest.raises(ValueError, match="does not fit this run: it has .*condition_channels"):
+                run_here(
+                    tmp_path / "run", pretrained_model_name_or_path=task_runs / task, static=True, **options, **other
+                )
+        assert not (tmp_path / "run").exists()
 
 
 class TestWarmStart:
@@ -300,8 +474,15 @@ class TestWarmStart:
 
 class TestResume:
     @pytest.mark.slow
-    def test_killed_and_resumed_is_the_same_to_the_bit(self, options, tmp_path):
-        settings = {**options, "max_train_steps": 40, "checkpointing_steps": 20, "validation_steps": 20}
+    @pytest.mark.parametrize("task", ["generate", *TASKS])
+    def test_killed_and_resumed_is_the_same_to_the_bit(self, options, tmp_path, task):
+        settings = {
+            **options,
+            **TASKS.get(task, {}),
+            "max_train_steps": 40,
+            "checkpointing_steps": 20,
+            "validation_steps": 20,
+        }
         script_utils.run(SCRIPT, tmp_path / "whole", **settings)
         run_and_kill(SCRIPT, tmp_path / "parts", "checkpoint-20", **settings)
         script_utils.run(SCRIPT, tmp_path / "parts", resume_from_checkpoint="latest", **settings)
@@ -364,6 +545,18 @@ class TestBadInput:
             (["--max_sequence_length", "0"], "`--max_sequence_length` 0 must be at least 1"),
             (["--coupling", "ot"], "`--coupling ot` is for models of classes or without conditions"),
             (["--static", "--budget", "0.5"], "`--budget` and `--static`, which has no budget, are both set"),
+            (["--task", "upscale"], "`--task upscale` needs `--upscale_factor`, 2 or 4"),
+            (["--upscale_factor", "2"], "`--upscale_factor` is for `--task upscale`"),
+            (["--task", "inpaint", "--max_noise_level", "5"], "`--max_noise_level` is for `--task upscale`"),
+            (
+                ["--task", "upscale", "--upscale_factor", "2", "--objective", "epsilon"],
+                "`--task upscale` is for `--objective flow`",
+            ),
+            (
+                ["--task", "inpaint", "--vae", "a/b", "--latent_cache_dir", "x"],
+                "`--latent_cache_dir` is for `--task generate`: with `--task inpaint` images are encoded as they come",
+            ),
+            (["--task", "inpaint", "--coupling", "ot"], "`--coupling ot` is for models of classes"),
             (["--unconditional"], "unrecognized arguments: --unconditional"),
         ],
     )

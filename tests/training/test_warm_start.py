@@ -59,6 +59,19 @@ def test_from_classes_to_captions(router_mode):
         assert torch.equal(weight, before[name]), name
 
 
+@pytest.mark.parametrize("router_mode", MODES)
+def test_from_captions_to_inpainting_and_upscaling(router_mode):
+    inputs = {**dit_inputs(), **captions()}
+    del inputs["class_labels"]
+    model = mixed_dyna_dit(inputs, router_mode=router_mode, **TEXT)
+    for channels, with_level in ((5, False), (4, True)):
+        config = {**TEXT, "condition_channels": channels, "noise_level_conditioning": with_level}
+        adapted = adapt_transformer(model, config).eval()
+        hidden_states = torch.cat([inputs["hidden_states"], randn(3, channels, 8, 8, seed=9)], dim=1)
+        level = {"noise_level": torch.tensor([0.0, 120.0, 350.0])} if with_level else {}
+        assert_same(model, adapted, inputs, {**inputs, **level, "hidden_states": hidden_states})
+
+
 def test_without_a_null_class_the_mean_stands_in():
     inputs = {**dit_inputs(), "class_labels": torch.tensor([1, 2, 4])}
     model = mixed_dyna_dit(inputs, class_dropout_prob=0.0)
