@@ -4,6 +4,7 @@
 import argparse
 import hashlib
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -213,10 +214,13 @@ class TestEvidence:
 
     def test_each_picture_of_a_caption_counts_by_itself(self, evidence):
         real = np.eye(20)
-        # The first of each two leans to the next picture, the second to its own; their mean would be right.
-        drawn = np.concatenate([real + 1.5 * np.roll(real, 1, axis=1), 2 * real])
+        # All first ones lean to the next picture, of the second ones the first five do.
+        wrong = real + 1.5 * np.roll(real, 1, axis=1)
+        drawn = np.concatenate([wrong, wrong[:5], 2 * real[5:]])
         row = evidence.describe_drawn({"raw": lambda images: images}, drawn, real)
-        assert row == {"captions": 20, "top1_raw": 0.5, "rank_raw": 1.5}
+        assert (row["captions"], row["top1_raw"], row["rank_raw"]) == (20, 15 / 40, (15 + 2 * 25) / 40)
+        error = statistics.stdev([0.0] * 5 + [0.5] * 15) / 20**0.5
+        assert row["top1_raw_standard_error"] == pytest.approx(error)
 
     def test_guidance_is_chosen_on_validation_only(self, evidence, monkeypatch):
         splits = {
