@@ -181,6 +181,29 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         names = self.config.get("id2label")
         return {int(label): name for label, name in names.items()} if names is not None else None
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DynaDiTPipelineBase":
+        """
+        A pipeline of this class from the components of another one, which both then share. Unlike diffusers' own, which
+        casts them to float32, it leaves their dtypes as they are unless it is given one.
+
+        Args:
+            pipeline (`DiffusionPipeline`): where the components and the settings come from.
+            kwargs (`dict`):
+                Components and settings of this class in the place of those of `pipeline`, and further arguments of
+                diffusers' `from_pipe`; `dtype`, or `torch_dtype`, casts the components, those of `pipeline` with them.
+
+        Returns:
+            The new pipeline.
+        """
+        if any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype", "custom_pipeline")):
+            return super().from_pipe(pipeline, **kwargs)
+        # diffusers ends with `to(dtype=...)` of the new pipeline: it is made as a class in which that does nothing.
+        uncast = type(cls.__name__, (cls,), {"to": lambda self, dtype: self})
+        new_pipeline = super(DynaDiTPipelineBase, uncast).from_pipe(pipeline, **kwargs)
+        new_pipeline.__class__ = cls
+        return new_pipeline
+
     # What a call is doing
 
     def _begin_run(

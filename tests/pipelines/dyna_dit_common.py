@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from diffusers_dyna import DynaDiTTransformer2DModel, FlowMatchODEScheduler
-from diffusers_dyna.pipelines import DynaDiTPipelineOutput
+from diffusers_dyna.pipelines import DynaDiTImg2ImgPipeline, DynaDiTPipelineOutput
 
 from ..testing_utils import logged_warnings
 
@@ -435,6 +435,24 @@ class DynaDiTPipelineTests:
         for name, component in pipe.components.items():
             assert getattr(other, name) is component, name
         assert_close(self.draw(quiet(other), 0), self.draw(pipe, 0))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_from_pipe_leaves_the_dtypes(self, dtype, tmp_path):
+        self.make().save_pretrained(tmp_path)
+        pipe = self.pipeline_class.from_pretrained(tmp_path, dtype=dtype)
+        parameters = dict(pipe.transformer.named_parameters())
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        assert set(dtypes.values()) == {torch.float32, dtype}  # the routers stay in float32
+        cls = DynaDiTImg2ImgPipeline if pipe.transformer.config.condition_channels == 0 else self.pipeline_class
+        with logged_warnings() as warnings:
+            other = cls.from_pipe(pipe)
+            back = self.pipeline_class.from_pipe(other)
+        assert warnings == []
+        assert type(other) is cls and type(back) is self.pipeline_class
+        for name, parameter in back.transformer.named_parameters():
+            assert parameter is parameters[name] and parameter.dtype == dtypes[name], name
+        assert cls.from_pipe(pipe, dtype=torch.float16).transformer.dtype == torch.float16
+        assert other.to(dtype=torch.float64).transformer.dtype == torch.float64
 
     def test_every_argument_is_documented(self):
         for method in (self.pipeline_class.__call__, self.pipeline_class.__init__):
