@@ -466,7 +466,16 @@ class DynaDiTPipelineTests:
             ({"num_inference_steps": 0}, r"`num_inference_steps`=0 must be a whole number, at least 1"),
             ({"num_inference_steps": 2.5}, r"`num_inference_steps`=2.5 must be a whole number"),
             ({"eta": 1.5}, r"`eta`=1.5 must be in \[0, 1\]"),
-            ({"num_images_per_prompt": 0}, r"`num_images_per_prompt`=0 must be at least 1"),
+            ({"num_images_per_prompt": 0}, r"`num_images_per_prompt`=0 must be a whole number, at least 1"),
+            ({"num_images_per_prompt": 1.5}, r"`num_images_per_prompt`=1.5 must be a whole number, at least 1"),
+            ({"height": 8.0}, "`height`=8.0 must be a whole number, at least 1"),
+            ({"width": "8"}, "`width`='8' must be a whole number, at least 1"),
+            ({"num_inference_steps": "3"}, "`num_inference_steps`='3' must be a number"),
+            ({"eta": "0"}, "`eta`='0' must be a number"),
+            ({"guidance_scale": None}, "`guidance_scale`=None must be a number"),
+            ({"strength": "1"}, "`strength`='1' must be a number"),
+            ({"strength": None}, "`strength`=None must be a number"),
+            ({"latents": [0.0]}, "`latents` must be a tensor, but is list. Use `torch.as_tensor`"),
             ({"output_type": "jpg"}, r"`output_type`='jpg' must be 'pil', 'np', 'pt' or 'latent'"),
             ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval`=\(0.8, 0.2\) must be two noise levels in"),
             ({"guidance_channels": 4}, r"`guidance_channels`=4 must be a number of channels from 1 to 3"),
@@ -482,7 +491,7 @@ class DynaDiTPipelineTests:
     def test_wrong_numbers(self, arguments, message):
         parameters = inspect.signature(self.pipeline_class.__call__).parameters
         if set(arguments) <= set(parameters):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((TypeError, ValueError), match=message):
                 self.run(self.make(), 0, **arguments)
 
     def test_latents_of_another_shape(self):
