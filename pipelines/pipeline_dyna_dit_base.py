@@ -269,11 +269,13 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
     @staticmethod
     def check_text(name: str, value) -> None:
         """Raises a `TypeError` for an argument that is neither a text, a list of them nor `None`."""
-        if value is not None and not all(
-            isinstance(entry, str) for entry in (value if isinstance(value, (list, tuple)) else [value])
-        ):
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        others = [type(entry).__name__ for entry in entries if not isinstance(entry, str)]
+        if value is not None and others:
             hint = " It is the first argument of a call: give an image as `image=`." if name == "prompt" else ""
-            raise TypeError(f"`{name}` must be a text or a list of texts, but is {value!r}.{hint}")
+            raise TypeError(
+                f"`{name}` must be a text or a list of texts, but {'has' if isinstance(value, (list, tuple)) else 'is'} {others[0]}.{hint}"
+            )
 
     def default_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in pixels; where they are `None`, those of the images that the transformer was made for."""

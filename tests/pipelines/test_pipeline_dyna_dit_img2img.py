@@ -890,7 +890,7 @@ def test_a_transformer_of_another_task():
         ({"style_image": pictures(5), "style_strength": 1.2}, r"`style_strength`=1.2 must be in \[0, 1\]"),
         ({"style_strength": None}, "`style_strength`=None must be a number"),
         ({"prompt": pictures(0)}, "`prompt` must be a text .* first argument of a call: give an image as `image=`"),
-        ({"source_prompt": 3}, "`source_prompt` must be a text or a list of texts, but is 3.$"),
+        ({"source_prompt": 3}, "`source_prompt` must be a text or a list of texts, but is int.$"),
         ({"image": None}, "`image` must be given, or a `style_image`"),
         ({"image": None, "style_image": pictures(5), "source_class_labels": 0}, "tells what `image` shows, which was"),
         (

@@ -535,8 +535,8 @@ EMBEDS = torch.zeros(2, 4, 16)
             ValueError,
             "`negative_prompt` and `negative_prompt_embeds` were both given",
         ),
-        ({"prompt": 3}, TypeError, "`prompt` must be a text or a list of texts, but is 3"),
-        ({"prompt": ["red", 3]}, TypeError, r"`prompt` must be a text or a list of texts, but is \['red', 3\]"),
+        ({"prompt": 3}, TypeError, "`prompt` must be a text or a list of texts, but is int"),
+        ({"prompt": ["red", 3]}, TypeError, "`prompt` must be a text or a list of texts, but has int"),
         ({"prompt_embeds": EMBEDS.numpy()}, TypeError, "`prompt_embeds` must be a tensor, but is ndarray"),
         ({"prompt_embeds": EMBEDS.tolist()}, TypeError, "`prompt_embeds` must be a tensor, but is list"),
         (
