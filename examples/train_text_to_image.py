@@ -114,6 +114,10 @@ def check_arguments(args: argparse.Namespace, defaults: argparse.Namespace) -> N
             raise ValueError(f"`--{name}` {getattr(args, name)} must be at least 1.")
     if args.caption_dropout_prob is not None and not 0 <= args.caption_dropout_prob <= 1:
         raise ValueError(f"`--caption_dropout_prob` {args.caption_dropout_prob} must be in [0, 1].")
+    if args.validation_prompts is not None and not args.num_validation_images:
+        raise ValueError(
+            "`--validation_prompts` are for samples, but `--num_validation_images` is 0. Leave one of them out."
+        )
     if args.coupling == "ot":
         raise ValueError(
             "`--coupling ot` is for models of classes or without conditions: every caption is a condition of its own, so "

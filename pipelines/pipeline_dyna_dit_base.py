@@ -3,6 +3,7 @@
 
 import difflib
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -181,6 +182,29 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         names = self.config.get("id2label")
         return {int(label): name for label, name in names.items()} if names is not None else None
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DynaDiTPipelineBase":
+        """
+        A pipeline of this class from the components of another one, which both then share. Unlike diffusers' own, which
+        casts them to float32, it leaves their dtypes as they are unless it is given one.
+
+        Args:
+            pipeline (`DiffusionPipeline`): where the components and the settings come from.
+            kwargs (`dict`):
+                Components and settings of this class in the place of those of `pipeline`, and further arguments of
+                diffusers' `from_pipe`; `dtype`, or `torch_dtype`, casts the components, those of `pipeline` with them.
+
+        Returns:
+            The new pipeline.
+        """
+        if any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype", "custom_pipeline")):
+            return super().from_pipe(pipeline, **kwargs)
+        # diffusers ends with `to(dtype=...)` of the new pipeline: it is made as a class in which that does nothing.
+        uncast = type(cls.__name__, (cls,), {"to": lambda self, dtype: self})
+        new_pipeline = super(DynaDiTPipelineBase, uncast).from_pipe(pipeline, **kwargs)
+        new_pipeline.__class__ = cls
+        return new_pipeline
+
     # What a call is doing
 
     def _begin_run(
@@ -224,6 +248,35 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
 
     # Checks
 
+    @staticmethod
+    def check_integer(name: str, value, lowest: int = 1) -> None:
+        """Raises a `ValueError` for an argument that is no integer, or less than `lowest`."""
+        if not isinstance(value, numbers.Integral) or value < lowest:
+            raise ValueError(f"`{name}`={value!r} must be a whole number, at least {lowest}.")
+
+    @staticmethod
+    def check_number(name: str, value) -> None:
+        """Raises a `TypeError` for an argument that is no number."""
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"`{name}`={value!r} must be a number.")
+
+    @staticmethod
+    def check_tensor(name: str, value) -> None:
+        """Raises a `TypeError` for an argument that is neither a tensor nor `None`."""
+        if value is not None and not torch.is_tensor(value):
+            raise TypeError(f"`{name}` must be a tensor, but is {type(value).__name__}. Use `torch.as_tensor`.")
+
+    @staticmethod
+    def check_text(name: str, value) -> None:
+        """Raises a `TypeError` for an argument that is neither a text, a list of them nor `None`."""
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        others = [type(entry).__name__ for entry in entries if not isinstance(entry, str)]
+        if value is not None and others:
+            hint = " It is the first argument of a call: give an image as `image=`." if name == "prompt" else ""
+            raise TypeError(
+                f"`{name}` must be a text or a list of texts, but {'has' if isinstance(value, (list, tuple)) else 'is'} {others[0]}.{hint}"
+            )
+
     def default_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in pixels; where they are `None`, those of the images that the transformer was made for."""
         size = self.transformer.config.sample_size
@@ -232,12 +285,14 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def check_size(self, height: int, width: int) -> None:
         """Raises a `ValueError` that names the nearest valid size, for a size in pixels that does not divide."""
+        self.check_integer("height", height)
+        self.check_integer("width", width)
         patch_size = self.transformer.config.patch_size
         factor = patch_size * self.vae_scale_factor
-        if height % factor or width % factor or height < 1 or width < 1:
+        if height % factor or width % factor:
             nearest = [max(1, int(size / factor + 0.5)) * factor for size in (height, width)]
             raise ValueError(
-                f"`height` and `width` must be positive and divisible by {factor} (`patch_size` {patch_size} x scale "
+                f"`height` and `width` must be divisible by {factor} (`patch_size` {patch_size} x scale "
                 f"factor {self.vae_scale_factor} of the VAE), but are {height} and {width}. The nearest valid size is "
                 f"{nearest[0]} and {nearest[1]}."
             )
@@ -269,14 +324,16 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if num_inference_steps is None:
             has_steps = timesteps is not None or sigmas is not None
         else:
-            has_steps = int(num_inference_steps) == num_inference_steps and num_inference_steps >= 1
+            self.check_number("num_inference_steps", num_inference_steps)
+            has_steps = num_inference_steps % 1 == 0 and num_inference_steps >= 1
         if not has_steps:
             raise ValueError(f"`num_inference_steps`={num_inference_steps} must be a whole number, at least 1.")
+        self.check_number("eta", eta)
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta`={eta} must be in [0, 1].")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
+        self.check_integer("num_images_per_prompt", num_images_per_prompt)
 
+        self.check_number("guidance_rescale", guidance_rescale)
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale`={guidance_rescale} must be in [0, 1].")
         if guidance_interval is not None and not (
@@ -429,6 +486,9 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         max_sequence_length: int | None = None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` for labels, texts or guidance that the transformer cannot work with."""
+        self.check_number("guidance_scale", guidance_scale)
+        self.check_text("prompt", prompt)
+        self.check_text("negative_prompt", negative_prompt)
         num_classes, null_class_label = self.transformer.config.num_classes, self.transformer.null_class_label
         if class_labels is not None and num_classes is None:
             raise ValueError(
@@ -460,15 +520,13 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         ):
             if text is not None and embeds is not None:
                 raise ValueError(f"`{prefix}prompt` and `{prefix}prompt_embeds` were both given. Give one of them.")
-            if text is not None:
-                entries = text if isinstance(text, (list, tuple)) else [text]
-                if not all(isinstance(entry, str) for entry in entries):
-                    raise TypeError(f"`{prefix}prompt` must be a text or a list of texts, but is {text!r}.")
-                if self.text_encoder is None or self.tokenizer is None:
-                    raise ValueError(
-                        f"`{prefix}prompt` needs `text_encoder` and `tokenizer`, which the pipeline was loaded without. "
-                        f"Give `{prefix}prompt_embeds`."
-                    )
+            if text is not None and (self.text_encoder is None or self.tokenizer is None):
+                raise ValueError(
+                    f"`{prefix}prompt` needs `text_encoder` and `tokenizer`, which the pipeline was loaded without. "
+                    f"Give `{prefix}prompt_embeds`."
+                )
+            self.check_tensor(f"{prefix}prompt_embeds", embeds)
+            self.check_tensor(f"{prefix}prompt_attention_mask", mask)
             if embeds is None and mask is not None:
                 raise ValueError(
                     f"`{prefix}prompt_attention_mask` was given without `{prefix}prompt_embeds`. It is made from "
@@ -489,8 +547,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                     f"`{prefix}prompt_attention_mask` masks all tokens of a text. Leave one to attend to."
                 )
 
-        if max_sequence_length is not None and max_sequence_length < 1:
-            raise ValueError(f"`max_sequence_length`={max_sequence_length} must be at least 1.")
+        if max_sequence_length is not None:
+            self.check_integer("max_sequence_length", max_sequence_length)
         has_null = self.transformer.has_null_caption
         if not has_prompt and not has_null:
             raise ValueError(
@@ -801,6 +859,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             width // self.vae_scale_factor,
         )
         self._check_generators(generator, batch_size)
+        self.check_tensor("latents", latents)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -855,9 +914,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32 in [0, 1].
 
         Raises:
-            `TypeError`: on something else than images.
+            `TypeError`: on something else than images, and where there is none.
             `ValueError`: on several sizes, on a wrong number of channels, and on values outside [0, 1].
         """
+        if image is None:
+            raise TypeError(f"`{name}` was not given. Give an image of Pillow, an array or a tensor as `{name}=`.")
         if channels is None:
             channels = (self.transformer if self.vae is None else self.vae).config.in_channels
         images = list(image) if isinstance(image, (list, tuple)) else [image]

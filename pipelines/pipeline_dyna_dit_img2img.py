@@ -27,7 +27,7 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers_dyna import DynaDiTImg2ImgPipeline
 
         >>> pipe = DynaDiTImg2ImgPipeline.from_pretrained("outputs/dit/model")
-        >>> three = pipe(class_labels=3, image=None, style_image=photo).images[0]  # a 3 in the style of a picture
+        >>> three = pipe(class_labels=3, style_image=photo).images[0]  # a 3 in the style of a picture
         >>> eight = pipe(image=three, strength=0.7, class_labels=8, source_class_labels=3).images[0]  # edited to an 8
         ```
 """
@@ -155,8 +155,12 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             max_sequence_length,
         )
         for name, value in (("strength", strength), ("style_strength", style_strength)):
+            self.check_number(name, value)
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}`={value} must be in [0, 1].")
+        self.check_text("source_prompt", source_prompt)
+        self.check_text("style_prompt", style_prompt)
+        self.check_tensor("latents", latents)
         has_source = source_class_labels is not None or source_prompt is not None
         if image is None and style_image is None:
             raise ValueError("`image` must be given, or a `style_image` to draw an image from noise in its style.")
@@ -275,6 +279,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
             prompt_attention_mask=prompt_attention_mask,
             max_sequence_length=max_sequence_length,
         )
+        self.check_number("strength", strength)
         if not 0 <= strength <= 1:
             raise ValueError(f"`strength`={strength} must be in [0, 1].")
         self._check_inversion("`invert`")

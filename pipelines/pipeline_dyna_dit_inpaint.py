@@ -150,13 +150,13 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
         )
+        self.check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(
                 f"`strength`={strength} must be in (0, 1]. 1 paints from pure noise, 0 would paint nothing."
             )
         if padding_mask_crop is not None:
-            if padding_mask_crop < 0:
-                raise ValueError(f"`padding_mask_crop`={padding_mask_crop} must be a margin in pixels, at least 0.")
+            self.check_integer("padding_mask_crop", padding_mask_crop, lowest=0)
             if output_type != "pil":
                 raise ValueError(
                     f"`padding_mask_crop` pastes the result into the image of Pillow, so `output_type` must be 'pil', "
@@ -176,15 +176,15 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 "`masked_image_latents` is what a transformer trained for inpainting is given, but this one is not "
                 "(`condition_channels` is 0). Leave it out, also of `callback_on_step_end_tensor_inputs`."
             )
+        self.check_tensor("masked_image_latents", masked_image_latents)
         shape = (self.transformer.config.in_channels, *(side // self.vae_scale_factor for side in (height, width)))
         if masked_image_latents is not None and masked_image_latents.shape[1:] != shape:
             raise ValueError(
                 f"`masked_image_latents` must have shape (batch_size, {', '.join(map(str, shape))}), but has shape "
                 f"{tuple(masked_image_latents.shape)}."
             )
-        for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"`{name}`={value} must be a whole number, at least 1.")
+        self.check_integer("jump_length", jump_length)
+        self.check_integer("jump_n_sample", jump_n_sample)
         solver = self.scheduler.config.get("solver", "euler")
         if jump_n_sample > 1 and not (hasattr(self.scheduler, "scale_noise") and solver in ONE_STEP_SOLVERS):
             raise ValueError(
@@ -378,7 +378,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
             guidance_scale (`float`, defaults to `1.0`):
                 Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
-                null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
+                null + scale * (conditional - null). 1 and below is off; on, a step evaluates the transformer on both halves.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from, one text or as many as prompts. `None` guides away from the learned null
                 caption. Only with guidance.
@@ -408,14 +408,14 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 What the image shows, as labels or as names of `id2label`; one for all images or one for each. `None` is
                 the null class.
             guidance_rescale (`float`, defaults to `0.0`):
-                How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
-                ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
+                How far to bring the standard deviation of a guided prediction back to that of the conditional one, in
+                [0, 1] ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
             guidance_interval (`tuple[float, float]`, *optional*):
                 Noise levels, `timestep / num_train_timesteps` in [0, 1] with 1 the noise, from the lowest to the highest
                 at which to guide ([arXiv 2404.07724](https://huggingface.co/papers/2404.07724)). The steps outside cost
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
-                Number of leading channels to guide; the others are those of the text. `None` guides all.
+                Number of leading channels to guide; the others are those of the condition. `None` guides all.
             jump_length (`int`, defaults to `1`): steps to go back by in resampling.
             jump_n_sample (`int`, defaults to `1`):
                 How many times to take each run of `jump_length` steps (resampling), so that what is painted comes to fit
@@ -451,6 +451,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
+        self.check_text("prompt", prompt)  # before the images, for a call that gives them in its place
         if padding_mask_crop is None:
             pixels, mask = self.prepare_image_and_mask(image, mask_image, height, width)
             height, width = pixels.shape[2:]
@@ -548,6 +549,9 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         latents = self.prepare_latents(num_rows, height, width, generator, noise, device, **start)
 
         # 4. Loop
+        def condition_channels(i: int) -> torch.Tensor:
+            return torch.cat([tensors["mask"], tensors["masked_image_latents"]], dim=1)
+
         def set_known_part(i: int, next_i: int, latents: torch.Tensor) -> torch.Tensor:
             if next_i <= i:
                 sigmas = self.scheduler.sigmas[-len(timesteps) - 1 :]
@@ -571,7 +575,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             width_mult=width_mult,
             max_plan_bytes=max_plan_bytes,
             output_compute_ratio=output_compute_ratio,
-            condition_channels=(lambda i: torch.cat(list(tensors.values()), dim=1)) if is_trained else None,
+            condition_channels=condition_channels if is_trained else None,
             after_step=set_known_part,
             steps=self.get_steps(len(timesteps), jump_length, jump_n_sample),
             callback_on_step_end=callback_on_step_end,

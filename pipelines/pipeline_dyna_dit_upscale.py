@@ -207,20 +207,22 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
         )
+        self.check_number("noise_level", noise_level)
         if not 0 <= noise_level <= self.config.max_noise_level:
             raise ValueError(
                 f"`noise_level`={noise_level} must be in [0, {self.config.max_noise_level:g}], in units of timestep: the "
                 "levels that the transformer was trained with (`max_noise_level`)."
             )
-        if len(tile_size) != 2 or any(int(side) != side or side < 1 or side % factor for side in tile_size):
+        if len(tile_size) != 2 or any(side % factor for side in tile_size):
             nearest = [max(1, int(side / factor + 0.5)) * factor for side in tile_size]
             raise ValueError(
                 f"`tile_size`={tile_size} must be height and width in pixels of the result, divisible by {factor}. The "
                 f"nearest valid one is {nearest}."
             )
-        if int(tile_overlap) != tile_overlap or not 0 <= tile_overlap < min(tile_size):
+        self.check_integer("tile_overlap", tile_overlap, lowest=0)
+        if tile_overlap >= min(tile_size):
             raise ValueError(
-                f"`tile_overlap`={tile_overlap} must be pixels of the result, at least 0 and less than `tile_size` "
+                f"`tile_overlap`={tile_overlap} must be pixels of the result, less than `tile_size` "
                 f"({min(tile_size)})."
             )
         if tile_overlap % self.vae_scale_factor:
@@ -228,8 +230,7 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
                 f"`tile_overlap`={tile_overlap} must be divisible by the scale factor {self.vae_scale_factor} of the VAE. "
                 f"Use {tile_overlap - tile_overlap % self.vae_scale_factor}."
             )
-        if int(tile_batch_size) != tile_batch_size or tile_batch_size < 1:
-            raise ValueError(f"`tile_batch_size`={tile_batch_size} must be a whole number, at least 1.")
+        self.check_integer("tile_batch_size", tile_batch_size)
 
     def prepare_condition(
         self,
@@ -373,7 +374,7 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             num_inference_steps (`int`, defaults to `50`): steps of the scheduler.
             guidance_scale (`float`, defaults to `1.0`):
                 Classifier-free guidance ([arXiv 2207.12598](https://huggingface.co/papers/2207.12598)):
-                null + scale * (text - null). 1 and below is off; on, a step evaluates the transformer on both halves.
+                null + scale * (conditional - null). 1 and below is off; on, a step evaluates the transformer on both halves.
             noise_level (`float`, *optional*):
                 How much noise to add to the low-resolution image, in units of timestep, in [0, `max_noise_level`]. With
                 more, the result keeps less of it and has more of the model's own. `None` is 20, or `max_noise_level`
@@ -413,14 +414,14 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             timesteps (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `timesteps`.
             sigmas (`list[float]`, *optional*): grid for schedulers whose `set_timesteps` takes `sigmas`.
             guidance_rescale (`float`, defaults to `0.0`):
-                How far to bring the standard deviation of a guided prediction back to that of the text's, in [0, 1]
-                ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
+                How far to bring the standard deviation of a guided prediction back to that of the conditional one, in
+                [0, 1] ([arXiv 2305.08891](https://huggingface.co/papers/2305.08891), equations 15 and 16).
             guidance_interval (`tuple[float, float]`, *optional*):
                 Noise levels, `timestep / num_train_timesteps` in [0, 1] with 1 the noise, from the lowest to the highest
                 at which to guide ([arXiv 2404.07724](https://huggingface.co/papers/2404.07724)). The steps outside cost
                 half as much. `None` guides at all.
             guidance_channels (`int`, *optional*):
-                Number of leading channels to guide; the others are those of the text. `None` guides all.
+                Number of leading channels to guide; the others are those of the condition. `None` guides all.
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
                 True, or 1, for the tokens of `prompt_embeds` that count; `None` is all.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
@@ -451,11 +452,14 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check inputs
+        self.check_text("prompt", prompt)  # before the image, for a call that gives it in its place
         pixels = self.read_image(image)
         height, width = (side * self.config.upscale_factor for side in pixels.shape[2:])
         noise_level = min(20.0, self.config.max_noise_level) if noise_level is None else noise_level
         tile_size = self.default_size() if tile_size is None else tile_size
-        tile_size = (tile_size, tile_size) if isinstance(tile_size, int) else tuple(tile_size)
+        tile_size = tuple(tile_size) if isinstance(tile_size, (list, tuple)) else (tile_size, tile_size)
+        for side in tile_size:
+            self.check_integer("tile_size", side)
         if tile_overlap is None:
             tile_overlap = min(tile_size) // (4 * self.vae_scale_factor) * self.vae_scale_factor
         self.check_inputs(

@@ -68,10 +68,14 @@ def adapt_transformer(
         if key not in free
     ]
     if different:
-        raise ValueError(
-            f"{name} does not fit this run: it has {', '.join(different)}. Use the `--resolution`, the data and the "
-            "flags that it was trained with."
-        )
+        advice = "Use the `--resolution`, the data and the flags that it was trained with."
+        refused = changes.keys() - free
+        if refused & {"condition_channels", "noise_level_conditioning"} and "in_channels" not in refused:
+            advice = (
+                "It was trained for another task: start from a model that draws (`--task generate`), or from one of the "
+                "same task."
+            )
+        raise ValueError(f"{name} does not fit this run: it has {', '.join(different)}. {advice}")
     if not changes:
         return transformer
 

@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from diffusers_dyna import DynaDiTTransformer2DModel, FlowMatchODEScheduler
-from diffusers_dyna.pipelines import DynaDiTPipelineOutput
+from diffusers_dyna.pipelines import DynaDiTImg2ImgPipeline, DynaDiTPipelineOutput
 
 from ..testing_utils import logged_warnings
 
@@ -436,6 +436,24 @@ class DynaDiTPipelineTests:
             assert getattr(other, name) is component, name
         assert_close(self.draw(quiet(other), 0), self.draw(pipe, 0))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_from_pipe_leaves_the_dtypes(self, dtype, tmp_path):
+        self.make().save_pretrained(tmp_path)
+        pipe = self.pipeline_class.from_pretrained(tmp_path, dtype=dtype)
+        parameters = dict(pipe.transformer.named_parameters())
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        assert set(dtypes.values()) == {torch.float32, dtype}  # the routers stay in float32
+        cls = DynaDiTImg2ImgPipeline if pipe.transformer.config.condition_channels == 0 else self.pipeline_class
+        with logged_warnings() as warnings:
+            other = cls.from_pipe(pipe)
+            back = self.pipeline_class.from_pipe(other)
+        assert warnings == []
+        assert type(other) is cls and type(back) is self.pipeline_class
+        for name, parameter in back.transformer.named_parameters():
+            assert parameter is parameters[name] and parameter.dtype == dtypes[name], name
+        assert cls.from_pipe(pipe, dtype=torch.float16).transformer.dtype == torch.float16
+        assert other.to(dtype=torch.float64).transformer.dtype == torch.float64
+
     def test_every_argument_is_documented(self):
         for method in (self.pipeline_class.__call__, self.pipeline_class.__init__):
             doc = method.__doc__ or self.pipeline_class.__doc__
@@ -448,7 +466,16 @@ class DynaDiTPipelineTests:
             ({"num_inference_steps": 0}, r"`num_inference_steps`=0 must be a whole number, at least 1"),
             ({"num_inference_steps": 2.5}, r"`num_inference_steps`=2.5 must be a whole number"),
             ({"eta": 1.5}, r"`eta`=1.5 must be in \[0, 1\]"),
-            ({"num_images_per_prompt": 0}, r"`num_images_per_prompt`=0 must be at least 1"),
+            ({"num_images_per_prompt": 0}, r"`num_images_per_prompt`=0 must be a whole number, at least 1"),
+            ({"num_images_per_prompt": 1.5}, r"`num_images_per_prompt`=1.5 must be a whole number, at least 1"),
+            ({"height": 8.0}, "`height`=8.0 must be a whole number, at least 1"),
+            ({"width": "8"}, "`width`='8' must be a whole number, at least 1"),
+            ({"num_inference_steps": "3"}, "`num_inference_steps`='3' must be a number"),
+            ({"eta": "0"}, "`eta`='0' must be a number"),
+            ({"guidance_scale": None}, "`guidance_scale`=None must be a number"),
+            ({"strength": "1"}, "`strength`='1' must be a number"),
+            ({"strength": None}, "`strength`=None must be a number"),
+            ({"latents": [0.0]}, "`latents` must be a tensor, but is list. Use `torch.as_tensor`"),
             ({"output_type": "jpg"}, r"`output_type`='jpg' must be 'pil', 'np', 'pt' or 'latent'"),
             ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval`=\(0.8, 0.2\) must be two noise levels in"),
             ({"guidance_channels": 4}, r"`guidance_channels`=4 must be a number of channels from 1 to 3"),
@@ -464,7 +491,7 @@ class DynaDiTPipelineTests:
     def test_wrong_numbers(self, arguments, message):
         parameters = inspect.signature(self.pipeline_class.__call__).parameters
         if set(arguments) <= set(parameters):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((TypeError, ValueError), match=message):
                 self.run(self.make(), 0, **arguments)
 
     def test_latents_of_another_shape(self):

@@ -1166,17 +1166,17 @@ def test_every_argument_of_a_call_is_documented():
     [
         (
             {"height": 9},
-            r"`height` and `width` must be positive and divisible by 2 \(`patch_size` 2 x scale factor 1 of the VAE\), "
+            r"`height` and `width` must be divisible by 2 \(`patch_size` 2 x scale factor 1 of the VAE\), "
             "but are 9 and 8",
         ),
         ({"width": 9}, r"`height` and `width` must be .* 8 and 9"),
-        ({"height": 0}, r"`height` and `width` must be positive .* 0 and 8"),
+        ({"height": 0}, "`height`=0 must be a whole number, at least 1"),
         ({"num_inference_steps": 0}, r"`num_inference_steps`=0 must be a whole number, at least 1"),
         ({"num_inference_steps": 2.5}, r"`num_inference_steps`=2.5 must be a whole number"),
         ({"num_inference_steps": None}, r"`num_inference_steps`=None must be a whole number"),
         ({"eta": 1.5}, r"`eta`=1.5 must be in \[0, 1\]"),
         ({"eta": -0.1}, r"`eta`=-0.1 must be in \[0, 1\]"),
-        ({"num_images_per_prompt": 0}, r"`num_images_per_prompt`=0 must be at least 1"),
+        ({"num_images_per_prompt": 0}, r"`num_images_per_prompt`=0 must be a whole number, at least 1"),
         ({"output_type": "jpg"}, r"`output_type`='jpg' must be 'pil', 'np', 'pt' or 'latent'"),
         (
             {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},

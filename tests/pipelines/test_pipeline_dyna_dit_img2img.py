@@ -888,6 +888,9 @@ def test_a_transformer_of_another_task():
         ({"strength": 1.5}, r"`strength`=1.5 must be in \[0, 1\]"),
         ({"strength": -0.1}, r"`strength`=-0.1 must be in \[0, 1\]"),
         ({"style_image": pictures(5), "style_strength": 1.2}, r"`style_strength`=1.2 must be in \[0, 1\]"),
+        ({"style_strength": None}, "`style_strength`=None must be a number"),
+        ({"prompt": pictures(0)}, "`prompt` must be a text .* first argument of a call: give an image as `image=`"),
+        ({"source_prompt": 3}, "`source_prompt` must be a text or a list of texts, but is int.$"),
         ({"image": None}, "`image` must be given, or a `style_image`"),
         ({"image": None, "style_image": pictures(5), "source_class_labels": 0}, "tells what `image` shows, which was"),
         (
@@ -915,7 +918,7 @@ def test_a_transformer_of_another_task():
             {"latents": torch.zeros(5, 1), "strength": 0.0},
             r"`latents` must have shape \(1, 3, 8, 8\), but has shape \(5, 1\)",
         ),
-        ({"height": 9, "width": 8}, "`height` and `width` must be positive and divisible by 2 .* 10 and 8"),
+        ({"height": 9, "width": 8}, "`height` and `width` must be divisible by 2 .* 10 and 8"),
         (
             {"image": pictures(0, 1), "class_labels": [0, 1, 2]},
             "There must be as many of each, or one for all, but there are: `image` 2, `class_labels` 3",
@@ -977,7 +980,7 @@ def test_a_scheduler_that_cannot_invert(name, arguments, what):
         ({"class_labels": [0, 1, 2]}, "as many of each, or one for all, .* `image` 2, `class_labels` 3"),
         ({"num_inference_steps": 0}, "`num_inference_steps`=0 must be a whole number"),
         ({"prompt": "a cat"}, "the transformer has no text conditioning"),
-        ({"width": 7}, "must be positive and divisible by 2"),
+        ({"width": 7}, "must be divisible by 2"),
     ],
 )
 def test_wrong_arguments_of_invert(arguments, message):

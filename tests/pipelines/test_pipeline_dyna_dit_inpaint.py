@@ -778,7 +778,7 @@ PIL_SQUARE.paste(255, (2, 2, 5, 5))
         ),
         (
             {"image": pictures(0, size=9), "mask_image": square(size=9)},
-            r"must be positive and divisible by 2 .* are 9 and 9. The nearest valid size is 10 and 10",
+            r"must be divisible by 2 .* are 9 and 9. The nearest valid size is 10 and 10",
         ),
         ({"height": 8, "width": 13}, r"are 8 and 13. The nearest valid size is 8 and 14"),
         ({"strength": 1.5}, r"`strength`=1.5 must be in \(0, 1\]"),
@@ -798,7 +798,11 @@ PIL_SQUARE.paste(255, (2, 2, 5, 5))
         ),
         (
             {"image": PIL_IMAGE, "mask_image": PIL_MASK, "padding_mask_crop": -1, "output_type": "pil"},
-            "`padding_mask_crop`=-1 must be a margin in pixels",
+            "`padding_mask_crop`=-1 must be a whole number, at least 0",
+        ),
+        (
+            {"image": PIL_IMAGE, "mask_image": PIL_MASK, "padding_mask_crop": 4.5, "output_type": "pil"},
+            "`padding_mask_crop`=4.5 must be a whole number, at least 0",
         ),
         (
             {"masked_image_latents": torch.ones(1, 3, 8, 8)},
@@ -825,13 +829,24 @@ def test_masked_image_latents_of_another_shape():
     message = r"`masked_image_latents` must have shape \(batch_size, 3, 8, 8\), but has shape \(1, 3, 8, 4\)"
     with pytest.raises(ValueError, match=message):
         paint(pipe, pictures(0), square(), masked_image_latents=torch.ones(1, 3, 8, 4), **given)
+    for latents in (torch.ones(1, 3, 8, 8).numpy(), [torch.ones(3, 8, 8)]):
+        with pytest.raises(TypeError, match="`masked_image_latents` must be a tensor, but is (ndarray|list)"):
+            paint(pipe, pictures(0), square(), masked_image_latents=latents, **given)
     with pytest.raises(ValueError, match="`image` 1, `masked_image_latents` 2, `class_labels` 3"):
         paint(pipe, pictures(0), square(), masked_image_latents=torch.ones(2, 3, 8, 8), **given)
 
 
 def test_no_image():
-    with pytest.raises(TypeError, match="`image` must be an image of Pillow, an array, a tensor, .* but is NoneType"):
+    with pytest.raises(
+        TypeError, match="`image` was not given. Give an image of Pillow, an array or a tensor as `image=`"
+    ):
         make_pipeline()(mask_image=square())
+    with pytest.raises(TypeError, match="`mask_image` was not given"):
+        make_pipeline()(image=pictures(0))
+    with pytest.raises(
+        TypeError, match="`prompt` must be a text .* first argument of a call: give an image as `image=`"
+    ):
+        make_pipeline()(pictures(0), square())
     with pytest.raises(TypeError, match="`mask_image` must be .* but is str"):
         make_pipeline()(image=pictures(0), mask_image="mask.png")
     with pytest.raises(TypeError, match="`image` must be .* but is list of .*'Tensor', 'ndarray'"):

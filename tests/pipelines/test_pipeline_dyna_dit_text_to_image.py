@@ -535,8 +535,25 @@ EMBEDS = torch.zeros(2, 4, 16)
             ValueError,
             "`negative_prompt` and `negative_prompt_embeds` were both given",
         ),
-        ({"prompt": 3}, TypeError, "`prompt` must be a text or a list of texts, but is 3"),
-        ({"prompt": ["red", 3]}, TypeError, r"`prompt` must be a text or a list of texts, but is \['red', 3\]"),
+        ({"prompt": 3}, TypeError, "`prompt` must be a text or a list of texts, but is int"),
+        ({"prompt": ["red", 3]}, TypeError, "`prompt` must be a text or a list of texts, but has int"),
+        ({"prompt_embeds": EMBEDS.numpy()}, TypeError, "`prompt_embeds` must be a tensor, but is ndarray"),
+        ({"prompt_embeds": EMBEDS.tolist()}, TypeError, "`prompt_embeds` must be a tensor, but is list"),
+        (
+            {"prompt": "red", "negative_prompt_embeds": [EMBEDS], "guidance_scale": 2.0},
+            TypeError,
+            "`negative_prompt_embeds` must be a tensor, but is list",
+        ),
+        (
+            {"prompt_embeds": EMBEDS, "prompt_attention_mask": [[1]]},
+            TypeError,
+            "`prompt_attention_mask` must be a tensor, but is list",
+        ),
+        (
+            {"prompt": "red", "max_sequence_length": 1.5},
+            ValueError,
+            "`max_sequence_length`=1.5 must be a whole number",
+        ),
         ({"prompt": []}, ValueError, "`prompt` is empty. Give at least one prompt"),
         (
             {"prompt": "red", "prompt_attention_mask": torch.ones(1, 4)},
@@ -574,7 +591,11 @@ EMBEDS = torch.zeros(2, 4, 16)
             "`negative_prompt_embeds` has 2 entries, but there are 3 prompts",
         ),
         ({"guidance_scale": 2.0}, ValueError, "`guidance_scale`=2.0 needs a `prompt`, and a `negative_prompt` or a"),
-        ({"prompt": "red", "max_sequence_length": 0}, ValueError, "`max_sequence_length`=0 must be at least 1"),
+        (
+            {"prompt": "red", "max_sequence_length": 0},
+            ValueError,
+            "`max_sequence_length`=0 must be a whole number, at least 1",
+        ),
         (
             {"prompt": "red", "max_sequence_length": 17},
             ValueError,
@@ -583,7 +604,7 @@ EMBEDS = torch.zeros(2, 4, 16)
         (
             {"prompt": "red", "height": 9},
             ValueError,
-            r"`height` and `width` must be positive and divisible by 2 .*, but are 9 and 8. The nearest valid size is "
+            r"`height` and `width` must be divisible by 2 .*, but are 9 and 8. The nearest valid size is "
             "10 and 8",
         ),
     ],

@@ -516,11 +516,15 @@ def test_no_seams(pipe_of_waves):
         ({"image": pictures(0) * 2}, r"`image` must have values in \[0, 1\]"),
         ({"image": torch.rand(1, 1, 4, 4)}, r"`image` must have shape .* with 3 channels"),
         ({"noise_level": 351}, r"`noise_level`=351 must be in \[0, 350\], in units of timestep"),
+        ({"tile_batch_size": 2.0}, "`tile_batch_size`=2.0 must be a whole number, at least 1"),
         ({"noise_level": -1}, r"`noise_level`=-1 must be in \[0, 350\]"),
         ({"tile_size": 6}, r"`tile_size`=\(6, 6\) must be .* divisible by 4. The nearest valid one is \[8, 8\]"),
-        ({"tile_size": (4, 0)}, r"`tile_size`=\(4, 0\) must be height and width in pixels"),
+        ({"tile_size": (4, 0)}, "`tile_size`=0 must be a whole number, at least 1"),
+        ({"tile_size": 8.0}, "`tile_size`=8.0 must be a whole number, at least 1"),
+        ({"tile_size": (4, 4, 4)}, r"`tile_size`=\(4, 4, 4\) must be height and width in pixels"),
         ({"tile_overlap": 8}, r"`tile_overlap`=8 must be .* less than `tile_size` \(8\)"),
-        ({"tile_overlap": -1}, r"`tile_overlap`=-1 must be pixels of the result, at least 0"),
+        ({"tile_overlap": -1}, "`tile_overlap`=-1 must be a whole number, at least 0"),
+        ({"tile_overlap": 2.0}, "`tile_overlap`=2.0 must be a whole number, at least 0"),
         ({"tile_size": (8, 16), "tile_overlap": 9}, r"`tile_overlap`=9 must be .* less than `tile_size` \(8\)"),
         ({"tile_batch_size": 0}, "`tile_batch_size`=0 must be a whole number, at least 1"),
         (
@@ -566,8 +570,14 @@ def test_schedulers_without_flow_matching(make_scheduler):
 
 
 def test_no_image():
-    with pytest.raises(TypeError, match="`image` must be an image of Pillow, an array, a tensor, .* but is NoneType"):
+    with pytest.raises(
+        TypeError, match="`image` was not given. Give an image of Pillow, an array or a tensor as `image=`"
+    ):
         make_pipeline()()
+    with pytest.raises(
+        TypeError, match="`prompt` must be a text .* first argument of a call: give an image as `image=`"
+    ):
+        make_pipeline()(pictures(0))
 
 
 @pytest.mark.parametrize(

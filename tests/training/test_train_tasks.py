@@ -201,7 +201,7 @@ class TestBadInput:
 
     def test_a_model_of_another_task(self, run_here, runs, tmp_path):
         for task, other in (("inpaint", "upscale"), ("upscale", "inpaint")):
-            with pytest.raises(ValueError, match="does not fit this run: it has .*condition_channels"):
+            with pytest.raises(ValueError, match="condition_channels`=.* It was trained for another task: start from"):
                 run_here(tmp_path / "run", pretrained_model_name_or_path=runs / task, **TASKS[other])
         with pytest.raises(ValueError, match="it has `condition_channels`=2 instead of 0"):
             run_here(tmp_path / "run", pretrained_model_name_or_path=runs / "inpaint")

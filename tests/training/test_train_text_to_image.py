@@ -410,7 +410,7 @@ class TestTasks:
 
     def test_a_model_of_another_task(self, run_here, options, task_runs, tmp_path):
         for task, other in (("inpaint", TASKS["upscale"]), ("upscale", {})):
-            with pytest.raises(ValueError, match="does not fit this run: it has .*condition_channels"):
+            with pytest.raises(ValueError, match="condition_channels`=.* It was trained for another task: start from"):
                 run_here(
                     tmp_path / "run", pretrained_model_name_or_path=task_runs / task, static=True, **options, **other
                 )
@@ -543,6 +543,10 @@ class TestBadInput:
             (["--text_encoder_subfolder", "x", "--pretrained_model_name_or_path", "a/b"], "is for `--text_encoder`"),
             (["--caption_dropout_prob", "2"], "`--caption_dropout_prob` 2.0 must be in [0, 1]"),
             (["--max_sequence_length", "0"], "`--max_sequence_length` 0 must be at least 1"),
+            (
+                ["--validation_prompts", "red", "--num_validation_images", "0"],
+                "`--validation_prompts` are for samples, but `--num_validation_images` is 0. Leave one of them out",
+            ),
             (["--coupling", "ot"], "`--coupling ot` is for models of classes or without conditions"),
             (["--static", "--budget", "0.5"], "`--budget` and `--static`, which has no budget, are both set"),
             (["--task", "upscale"], "`--task upscale` needs `--upscale_factor`, 2 or 4"),

@@ -146,9 +146,32 @@ def test_weights_under_other_names_are_not_dropped(asked):
             {"sample_size": 16, "num_classes": None},
             "`sample_size`=8 instead of 16, `num_classes`=5 instead of None",
         ),
-        ({}, {"in_channels": 3, "condition_channels": 4}, "`in_channels`=4 instead of 3"),
-        ({"condition_channels": 5}, {"condition_channels": 4}, "`condition_channels`=5 instead of 4"),
-        ({"condition_channels": 5}, {"condition_channels": 0}, "`condition_channels`=5 instead of 0"),
+        (
+            {},
+            {"in_channels": 3, "condition_channels": 4},
+            "`in_channels`=4 instead of 3. Use the `--resolution`, the data",
+        ),
+        (
+            {"condition_channels": 5},
+            {"in_channels": 3, "condition_channels": 4},
+            "`condition_channels`=5 instead of 4. Use the `--resolution`, the data",
+        ),
+        (
+            {"condition_channels": 5},
+            {"condition_channels": 4},
+            "`condition_channels`=5 instead of 4. It was trained for another task: start from a model that draws (`--task "
+            "generate`), or from one of the same task.",
+        ),
+        (
+            {"condition_channels": 5},
+            {"condition_channels": 0},
+            "`condition_channels`=5 instead of 0. It was trained for another task",
+        ),
+        (
+            {"condition_channels": 4, "noise_level_conditioning": True},
+            {"condition_channels": 4, "noise_level_conditioning": False},
+            "`noise_level_conditioning`=True instead of False. It was trained for another task",
+        ),
         (TEXT, {"caption_channels": 32, "cross_attention_dim": 24}, "`caption_channels`=16 instead of 32"),
         (TEXT, {"cross_attention_dim": None}, "`cross_attention_dim`=24 instead of None"),
         ({**TEXT, "caption_channels": None}, TEXT, "`caption_channels`=None instead of 16"),
