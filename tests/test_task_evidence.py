@@ -119,7 +119,7 @@ class TestOpenMoji:
         return Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
     def test_folders(self, example, font, tmp_path):
-        example("prepare_openmoji").main(argparse.Namespace(font=font, size=16, output_dir=tmp_path))
+        example("prepare_openmoji").main(argparse.Namespace(font=font, metadata=None, size=16, output_dir=tmp_path))
         entries = {}
         for split in ("train", "validation", "held_out"):
             lines = (tmp_path / split / "metadata.jsonl").read_text().splitlines()
@@ -138,6 +138,73 @@ class TestOpenMoji:
             pixels = np.array(picture)
         assert pixels.max() == 255
         assert pixels.min() < 200
+
+    def test_captions_with_keywords_and_groups(self, example, font, tmp_path):
+        openmoji, code_points = example("prepare_openmoji"), [f"{i:04X}" for i in range(0x2600, 0x2700)]
+        entry = {"subgroups": "sky-weather", "tags": "cold, Snow", "openmoji_tags": "snow, winter, the comet"}
+        entries = [
+            {"hexcode": f"{code_point}-FE0F", "annotation": f"Picture’s {code_point}", **entry}
+            for code_point in code_points
+            if code_point != "2604"
+        ]
+        metadata = tmp_path / "openmoji.json"
+        metadata.write_text(json.dumps(entries), encoding="utf-8")
+        openmoji.main(argparse.Namespace(font=font, metadata=metadata, size=8, output_dir=tmp_path))
+        captions = {}
+        for split in ("train", "validation", "held_out"):
+            for line in (tmp_path / split / "metadata.jsonl").read_text().splitlines():
+                described = json.loads(line)
+                captions[described["file_name"].removesuffix(".png")] = described["text"]
+                is_described = (
+                    described["file_name"].removesuffix(".png") in code_points and described["text"] != "comet"
+                )
+                assert isinstance(described["text"], list) == (split == "train" and is_described)
+
+        assert captions["2604"] == "comet"  # it has no entry
+        keywords = ["cold", "snow", "winter", "the comet"]
+        whole = captions["2603"] if isinstance(captions["2603"], str) else captions["2603"][0]
+        assert whole == "snowman, picture's 2603, cold, snow, winter, the comet, sky weather"
+        several = [found for found in captions.values() if isinstance(found, list)]
+        assert len(several) > 100
+        assert {len(found) for found in several} == {16}
+        parts = [caption.split(", ") for found in several for caption in found[1:]]
+        kept = np.mean([[keyword in caption for keyword in [*keywords, "sky weather"]] for caption in parts], axis=0)
+        np.testing.assert_allclose(kept, 0.7, atol=0.05)
+        orders = {
+            tuple(part for part in caption if part in keywords) for caption in parts if set(keywords) <= {*caption}
+        }
+        assert len(orders) == 24
+        assert all(caption[-1] == "sky weather" for caption in parts if "sky weather" in caption)
+
+    def test_many_keywords(self, example):
+        entry = {
+            "annotation": "fox",
+            "subgroups": "animal-mammal",
+            "openmoji_tags": "",
+            "tags": "a, b, fox, c, d, e, f, g, h, i",
+        }
+        captions = example("prepare_openmoji").make_captions("fox face", entry)
+        assert captions[0] == "fox face, fox, a, b, c, d, e, f, g, h, animal mammal"
+        assert captions == example("prepare_openmoji").make_captions("fox face", entry)
+
+    @pytest.mark.parametrize("text", [None, "{", '{"a": 1}', '[{"emoji": "x"}]'])
+    def test_metadata_of_another_kind(self, example, font, tmp_path, text):
+        metadata = tmp_path / "other.json"
+        if text is not None:
+            metadata.write_text(text)
+        args = argparse.Namespace(font=font, metadata=metadata, size=8, output_dir=tmp_path)
+        with pytest.raises(ValueError, match=r"`--metadata` .*other.json is not data/openmoji.json of OpenMoji"):
+            example("prepare_openmoji").main(args)
+        assert not (tmp_path / "train").exists()
+
+    def test_first_caption_of_a_picture(self, evidence, tmp_path):
+        lines = [{"file_name": "a.png", "text": "a fox"}, {"file_name": "b.png", "text": ["a pig, pink", "pink"]}]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        for i, line in enumerate(lines):
+            PIL.Image.new("RGB", (4, 4), (i, 2, 3)).save(tmp_path / line["file_name"])
+        captions, pictures = evidence.read_openmoji(tmp_path)
+        assert captions == ["a fox", "a pig, pink"]
+        np.testing.assert_array_equal(pictures[:, 0, 0], [[0, 2, 3], [1, 2, 3]])
 
     def test_splits_by_the_last_digit_of_a_hash(self, example):
         find_split, found = example("prepare_openmoji").find_split, set()
@@ -162,7 +229,7 @@ class TestOpenMoji:
 
     def test_no_font(self, example, tmp_path, monkeypatch):
         openmoji = example("prepare_openmoji")
-        args = argparse.Namespace(font=tmp_path / "none.ttf", size=8, output_dir=tmp_path)
+        args = argparse.Namespace(font=tmp_path / "none.ttf", metadata=None, size=8, output_dir=tmp_path)
         with pytest.raises(ValueError, match=r"`--font` .*none.ttf is not a file"):
             openmoji.main(args)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
