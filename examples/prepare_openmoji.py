@@ -7,14 +7,15 @@ Draws the pictures of OpenMoji with captions into image folders, for text to ima
 
     python examples/train_text_to_image.py --train_data_dir data/openmoji/train ...
 
-Or, with OpenMoji's own data/openmoji.json (from its repository, or by `npm pack openmoji && tar xzf openmoji-*.tgz`), their
-names, keywords and group, such as "crocodile, animal reptile". A picture to train on has several captions then, in which
-some of that is left out, a picture of the other folders the whole one:
+Or, with OpenMoji's own data/openmoji.json (from its repository, or npm), their names, keywords and group, such as "rabbit,
+animal, bunny, pet, animal mammal". A picture to train on has several captions then, in which some of that is left out, a
+picture of the other folders the whole one:
 
+    npm pack openmoji@17.0.0 && tar xzf openmoji-17.0.0.tgz
     python examples/prepare_openmoji.py --metadata package/data/openmoji.json --output_dir data/openmoji
 
 OpenMoji (https://openmoji.org) is under CC BY-SA 4.0: whoever shows or shares these pictures names it, and each folder
-has a `LICENSE.txt` that says so. Nothing is downloaded; the font is that of the installed package, or `--font`.
+has a `LICENSE.txt` that says so, for the captions from its data too. Nothing is downloaded; the font is that of the installed package, or `--font`.
 
 Drawn are the characters of the Unicode category "So" (other symbols) that the font has: 1,443 with Unicode 13 to 14
 (Python 3.10 and 3.11); a newer Python names some more. Letters, private characters and sequences (flags, skin tones,
@@ -37,10 +38,12 @@ import PIL.ImageFont
 
 
 NUM_CAPTIONS, NUM_KEYWORDS = 16, 8
-LICENSE = """The pictures in this folder were drawn from the font of OpenMoji and scaled down.
+METADATA = ("hexcode", "annotation", "tags", "openmoji_tags", "subgroups")  # of openmoji.json
+LICENSE = """The pictures in this folder were drawn from the font of OpenMoji and scaled down. Captions of more than a Unicode
+name are from its data/openmoji.json.
 
 All emojis designed by OpenMoji - the open-source emoji and icon project (https://openmoji.org).
-License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Copies of the pictures are under it too.
+License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Copies of them are under it too.
 """
 
 
@@ -91,10 +94,16 @@ def read_metadata(path: Path) -> dict[str, dict]:
     """What OpenMoji says of each character or sequence, by its code points in hexadecimal, such as 2603."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        # FE0F asks for the picture of a character that has a plain form as well.
-        return {entry["hexcode"].removesuffix("-FE0F"): entry for entry in entries}
+        is_text = [isinstance(entry[name], str) for entry in entries for name in METADATA]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`--metadata` {path} is not data/openmoji.json of OpenMoji: {error!r}.") from error
+    if not is_text or not all(is_text):
+        raise ValueError(
+            f"`--metadata` {path} is not data/openmoji.json of OpenMoji: it must be a list of entries whose "
+            f"{', '.join(METADATA)} are strings."
+        )
+    # FE0F asks for the picture of a character that has a plain form as well.
+    return {entry["hexcode"].removesuffix("-FE0F"): entry for entry in entries}
 
 
 def make_captions(name: str, entry: dict) -> list[str]:

