@@ -125,11 +125,13 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        if int(upscale_factor) != upscale_factor or upscale_factor < 2:
+        self.check_number("upscale_factor", upscale_factor)
+        if upscale_factor % 1 != 0 or upscale_factor < 2:
             raise ValueError(
                 f"`upscale_factor`={upscale_factor} must be a whole number, at least 2: the factor that the transformer "
                 "was trained for."
             )
+        self.check_number("max_noise_level", max_noise_level)
         if not 0 <= max_noise_level <= 1000:
             raise ValueError(f"`max_noise_level`={max_noise_level} must be in [0, 1000], in units of timestep.")
         self.register_to_config(upscale_factor=int(upscale_factor), max_noise_level=float(max_noise_level))
