@@ -28,7 +28,7 @@ EXAMPLE_DOC_STRING = """
         >>> from PIL import Image
         >>> from diffusers_dyna import DynaDiTInpaintPipeline
 
-        >>> pipe = DynaDiTInpaintPipeline.from_pretrained("outputs/inpaint/model")
+        >>> pipe = DynaDiTInpaintPipeline.from_pretrained("outputs/dit-inpaint")
         >>> image, mask = Image.open("picture.png"), Image.open("mask.png")
         >>> generator = torch.Generator().manual_seed(0)
         >>> pipe(image=image, mask_image=mask, class_labels=3, generator=generator).images[0].save("filled.png")
@@ -67,6 +67,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
 
     Raises:
         `ValueError`: if the components do not fit each other, or the transformer was made for super-resolution.
+        `TypeError`: on a `text_encoder` that has a decoder too, and on a `vae` whose scale factor is not known.
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]

@@ -31,7 +31,7 @@ EXAMPLE_DOC_STRING = """
         >>> from PIL import Image
         >>> from diffusers_dyna import DynaDiTUpscalePipeline
 
-        >>> pipe = DynaDiTUpscalePipeline.from_pretrained("outputs/upscale/model")
+        >>> pipe = DynaDiTUpscalePipeline.from_pretrained("outputs/dit-upscale")
         >>> image = Image.open("small.png")
         >>> generator = torch.Generator().manual_seed(0)
         >>> pipe(image=image, noise_level=20, generator=generator).images[0].save("large.png")
@@ -99,6 +99,8 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
     Raises:
         `ValueError`: if the components do not fit each other, if the transformer was made for another task, or on a
             factor or noise level out of range.
+        `TypeError`: on a `text_encoder` that has a decoder too, on a `vae` whose scale factor is not known,
+            and on a factor or noise level that is no number.
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]
