@@ -4,7 +4,7 @@ Times this package beside diffusers, and the dynamic transformer beside its stat
 
     make bench          (or: python examples/benchmark.py)
     python examples/benchmark.py --only static dynamic
-    python examples/benchmark.py --only caches --pipeline outputs/dit/model
+    python examples/benchmark.py --only caches --pipeline outputs/dit-0.6
 
 Each pair runs in alternation in one process. A ratio is the median over the rounds of (reference time / our time) of the
 same round, so that a slow moment of the machine meets both; above 1 ours is faster.

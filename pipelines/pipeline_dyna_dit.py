@@ -22,7 +22,7 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from diffusers_dyna import DynaDiTPipeline
 
-        >>> pipe = DynaDiTPipeline.from_pretrained("outputs/dit/model")
+        >>> pipe = DynaDiTPipeline.from_pretrained("outputs/dit-0.6")
         >>> generator = [torch.Generator().manual_seed(seed) for seed in range(2)]
         >>> output = pipe([3, 7], guidance_scale=2.0, generator=generator, output_compute_ratio=True)
         >>> output.images[0].save("three.png")

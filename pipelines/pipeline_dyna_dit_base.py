@@ -3,6 +3,7 @@
 
 import difflib
 import inspect
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -261,6 +262,14 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             raise TypeError(f"`{name}`={value!r} must be a number.")
 
     @staticmethod
+    def check_names(name: str, value) -> None:
+        """Raises a `TypeError` for an argument that is neither a list of names nor `None`."""
+        is_list = isinstance(value, (list, tuple, set)) and all(isinstance(entry, str) for entry in value)
+        if value is not None and not is_list:
+            example = [value] if isinstance(value, str) else ["latents"]
+            raise TypeError(f"`{name}`={value!r} must be a list of names, such as {example}.")
+
+    @staticmethod
     def check_tensor(name: str, value) -> None:
         """Raises a `TypeError` for an argument that is neither a tensor nor `None`."""
         if value is not None and not torch.is_tensor(value):
@@ -313,7 +322,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str] | None,
         guidance_rescale: float = 0.0,
     ) -> None:
-        """Raises a `ValueError` that names the argument for the numbers and choices that all pipelines take."""
+        """Raises a `ValueError` or `TypeError` that names the argument for what all pipelines take."""
         if self.transformer.training:
             raise ValueError(
                 "`transformer` is in training mode, in which it drops labels and computes everything. Call "
@@ -337,10 +346,13 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale`={guidance_rescale} must be in [0, 1].")
         if guidance_interval is not None and not (
-            len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+            isinstance(guidance_interval, (list, tuple))
+            and len(guidance_interval) == 2
+            and all(isinstance(level, numbers.Real) for level in guidance_interval)
+            and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
         ):
             raise ValueError(
-                f"`guidance_interval`={guidance_interval} must be two noise levels in [0, 1], the lower one first."
+                f"`guidance_interval`={guidance_interval!r} must be two noise levels in [0, 1], the lower one first."
             )
         if guidance_channels is not None and guidance_channels not in range(1, config.in_channels + 1):
             raise ValueError(
@@ -355,6 +367,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"`output_type`='pil' needs 1 or 3 channels, but the transformer draws {config.in_channels} and the "
                 "pipeline has no `vae` that decodes them. Give it one, or use 'latent'."
             )
+        self.check_names("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs)
         unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -487,6 +500,10 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
     ) -> None:
         """Raises a `ValueError` or `TypeError` for labels, texts or guidance that the transformer cannot work with."""
         self.check_number("guidance_scale", guidance_scale)
+        if not math.isfinite(guidance_scale):  # nan is not above 1 and would turn guidance off
+            raise ValueError(
+                f"`guidance_scale`={guidance_scale} must be finite. Use `guidance_scale=1` for no guidance."
+            )
         self.check_text("prompt", prompt)
         self.check_text("negative_prompt", negative_prompt)
         num_classes, null_class_label = self.transformer.config.num_classes, self.transformer.null_class_label

@@ -24,9 +24,11 @@ from .pipeline_dyna_dit_base import DynaDiTConditions, DynaDiTPipelineBase, Dyna
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
+        >>> from PIL import Image
         >>> from diffusers_dyna import DynaDiTImg2ImgPipeline
 
-        >>> pipe = DynaDiTImg2ImgPipeline.from_pretrained("outputs/dit/model")
+        >>> pipe = DynaDiTImg2ImgPipeline.from_pretrained("outputs/dit-0.6")
+        >>> photo = Image.open("photo.png")
         >>> three = pipe(class_labels=3, style_image=photo).images[0]  # a 3 in the style of a picture
         >>> eight = pipe(image=three, strength=0.7, class_labels=8, source_class_labels=3).images[0]  # edited to an 8
         ```

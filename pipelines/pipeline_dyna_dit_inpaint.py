@@ -28,7 +28,7 @@ EXAMPLE_DOC_STRING = """
         >>> from PIL import Image
         >>> from diffusers_dyna import DynaDiTInpaintPipeline
 
-        >>> pipe = DynaDiTInpaintPipeline.from_pretrained("outputs/inpaint/model")
+        >>> pipe = DynaDiTInpaintPipeline.from_pretrained("outputs/dit-inpaint")
         >>> image, mask = Image.open("picture.png"), Image.open("mask.png")
         >>> generator = torch.Generator().manual_seed(0)
         >>> pipe(image=image, mask_image=mask, class_labels=3, generator=generator).images[0].save("filled.png")
@@ -50,8 +50,9 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
     In both, after each step the known part is set to that of the image on the scheduler's path, mixed with the noise
     that the trajectory started from; an exact prediction, knowing that part, would lead it along the same points. At
     the end it is the image itself, whose known pixels come back unchanged. With a VAE this is done to its latents, and
-    each of those with a pixel to paint is painted. The decoder then moves all pixels, so the known ones of the image are
-    put over the result, as the overlay of diffusers' pipelines does; a VAE that decodes poorly can leave a seam.
+    each of those with a pixel to paint is painted; without training, from pure noise, a mask that leaves none of them is
+    refused, since the image would not be seen. The decoder then moves all pixels, so the known ones of the image are put
+    over the result, as the overlay of diffusers' pipelines does; a VAE that decodes poorly can leave a seam.
 
     Args:
         transformer ([`DynaDiTTransformer2DModel`]): trained for inpainting, or to draw images.
@@ -67,6 +68,7 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
 
     Raises:
         `ValueError`: if the components do not fit each other, or the transformer was made for super-resolution.
+        `TypeError`: on a `text_encoder` that has a decoder too, and on a `vae` whose scale factor is not known.
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]
@@ -236,8 +238,12 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         mask = (mask >= 0.5).float()
         return pixels.expand(num_rows, -1, -1, -1), mask.expand(num_rows, -1, -1, -1)
 
-    def check_mask(self, mask: torch.Tensor) -> None:
-        """Raises a `ValueError` on a mask of shape `(batch_size, 1, height, width)` that is empty or covers all."""
+    def check_mask(self, mask: torch.Tensor, needs_known_latents: bool = False) -> None:
+        """
+        Raises a `ValueError` on a mask of shape `(batch_size, 1, height, width)` that is empty or covers all; with
+        `needs_known_latents` also on one that covers every latent.
+        """
+        scale = self.vae_scale_factor
         size = f"{mask.shape[2]} x {mask.shape[3]}"
         for i, share in enumerate(mask.mean(dim=(1, 2, 3)).tolist()):
             if share == 0:
@@ -251,6 +257,13 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                     "black, 0, where to keep the image, or the margin of `padding_mask_crop` larger. To draw without an "
                     "image, use DynaDiTPipeline or DynaDiTTextToImagePipeline; to change all of it, "
                     "DynaDiTImg2ImgPipeline."
+                )
+            if needs_known_latents and F.max_pool2d(mask[i], scale).all():
+                raise ValueError(
+                    f"`mask_image` {i} covers every latent (at {size}, the size that is painted): each stands for {scale} x "
+                    f"{scale} pixels and is painted if one of them is, so nothing of the image would be known. Make it "
+                    f"black, 0, in whole blocks of {scale} x {scale} where to keep the image, or the margin of "
+                    "`padding_mask_crop` larger. To start from the image, use a `strength` below 1."
                 )
 
     def get_steps(self, num_calls: int, jump_length: int, jump_n_sample: int) -> list[int]:
@@ -497,7 +510,10 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
                 for entry in (image, binary_mask)
             ]
             pixels, mask = self.prepare_image_and_mask(*cropped, height, width)
-        self.check_mask(mask)
+        # A transformer trained for it is given the known pixels themselves, and below a strength of 1 the image is the
+        # start. Otherwise the known latents are all that the transformer sees of the image.
+        is_trained = self.transformer.config.condition_channels > 0
+        self.check_mask(mask, needs_known_latents=not is_trained and strength == 1)
         num_inference_steps = int(num_inference_steps) if num_inference_steps is not None else None
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._begin_run(guidance_scale, guidance_rescale, attention_kwargs)
@@ -538,7 +554,6 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
         normalized = self.image_processor.normalize(pixels)
         image_latents = self.encode_image(normalized, sample_mode="argmax")
         tensors = {"mask": F.max_pool2d(mask, self.vae_scale_factor)}  # all to be painted, and what it touches
-        is_trained = self.transformer.config.condition_channels > 0
         if is_trained:
             if masked_image_latents is None:
                 masked_image_latents = self.encode_image(normalized * (1 - mask), sample_mode="argmax")

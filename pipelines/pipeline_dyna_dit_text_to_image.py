@@ -23,10 +23,10 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from diffusers_dyna import DynaDiTTextToImagePipeline
 
-        >>> pipe = DynaDiTTextToImagePipeline.from_pretrained("outputs/openmoji/model")
+        >>> pipe = DynaDiTTextToImagePipeline.from_pretrained("outputs/text-digits")
         >>> generator = torch.Generator().manual_seed(0)
-        >>> output = pipe("a red apple", guidance_scale=3.0, generator=generator, output_compute_ratio=True)
-        >>> output.images[0].save("apple.png")
+        >>> output = pipe("3", guidance_scale=2.0, generator=generator, output_compute_ratio=True)
+        >>> output.images[0].save("three.png")
         >>> print(f"{output.compute_ratio:.0%} of the complete model's compute")
         ```
 """

@@ -31,7 +31,7 @@ EXAMPLE_DOC_STRING = """
         >>> from PIL import Image
         >>> from diffusers_dyna import DynaDiTUpscalePipeline
 
-        >>> pipe = DynaDiTUpscalePipeline.from_pretrained("outputs/upscale/model")
+        >>> pipe = DynaDiTUpscalePipeline.from_pretrained("outputs/dit-upscale")
         >>> image = Image.open("small.png")
         >>> generator = torch.Generator().manual_seed(0)
         >>> pipe(image=image, noise_level=20, generator=generator).images[0].save("large.png")
@@ -99,6 +99,8 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
     Raises:
         `ValueError`: if the components do not fit each other, if the transformer was made for another task, or on a
             factor or noise level out of range.
+        `TypeError`: on a `text_encoder` that has a decoder too, on a `vae` whose scale factor is not known,
+            and on a factor or noise level that is no number.
     """
 
     _optional_components = ["vae", "text_encoder", "tokenizer"]
@@ -125,11 +127,13 @@ class DynaDiTUpscalePipeline(DynaDiTPipelineBase):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        if int(upscale_factor) != upscale_factor or upscale_factor < 2:
+        self.check_number("upscale_factor", upscale_factor)
+        if upscale_factor % 1 != 0 or upscale_factor < 2:
             raise ValueError(
                 f"`upscale_factor`={upscale_factor} must be a whole number, at least 2: the factor that the transformer "
                 "was trained for."
             )
+        self.check_number("max_noise_level", max_noise_level)
         if not 0 <= max_noise_level <= 1000:
             raise ValueError(f"`max_noise_level`={max_noise_level} must be in [0, 1000], in units of timestep.")
         self.register_to_config(upscale_factor=int(upscale_factor), max_noise_level=float(max_noise_level))

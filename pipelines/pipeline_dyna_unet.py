@@ -2,6 +2,8 @@
 """Images from a U-Net on pixels, unconditional or conditioned on a class."""
 
 import inspect
+import math
+import numbers
 from collections.abc import Callable
 
 import numpy as np
@@ -158,6 +160,11 @@ class DynaUNetPipeline(DiffusionPipeline):
         if class_labels is None and self.unet.config.num_classes is not None and self.unet.null_class_label is None:
             raise ValueError(
                 f"`class_labels` must be given: the U-Net has {self.unet.config.num_classes} classes and no null class."
+            )
+        # nan is not above 1 and would turn guidance off
+        if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
+            raise ValueError(
+                f"`guidance_scale`={guidance_scale!r} must be a finite number. Use `guidance_scale=1` for no guidance."
             )
         if guidance_scale > 1 and (class_labels is None or self.unet.null_class_label is None):
             raise ValueError(

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every code block of the README, in order, in a copy of the repository, as somebody who follows it would."""
 
+import ast
+import builtins
+import doctest
+import importlib
 import json
 import os
 import re
@@ -47,6 +51,29 @@ def test_links_to_files_exist():
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
     assert len(targets) >= 5
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("pipeline_*.py")), ids=lambda path: path.stem)
+def test_examples_of_the_pipelines(path):
+    """They compile, use no name that they do not define, and load a pipeline that the README trains."""
+    text = getattr(importlib.import_module(f"diffusers_dyna.pipelines.{path.stem}"), "EXAMPLE_DOC_STRING", None)
+    if text is None:
+        assert path.stem == "pipeline_dyna_dit_base"
+        return
+    code = "".join(example.source for example in doctest.DocTestParser().get_examples(text.replace("```", "")))
+    nodes = list(ast.walk(ast.parse(code)))
+    defined = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+    }
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    defined |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    assert {node.id for node in names} - defined - set(vars(builtins)) == set()
+    folders = re.findall(r'\.from_pretrained\("(.*?)"\)', code)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(folders) == 1 and f'.from_pretrained("{folders[0]}")' in readme
 
 
 def save_stable_diffusion_3(folder: Path) -> None:

@@ -156,7 +156,7 @@ def publish(
         ```py
         >>> from diffusers_dyna.hub import publish
 
-        >>> published = publish("outputs/digits/model", "my-name/dyna-unet-digits", license="apache-2.0")
+        >>> published = publish("outputs/digits", "my-name/dyna-unet-digits", license="apache-2.0")
         >>> print(published.url)
         ```
     """

@@ -22,6 +22,7 @@ whatever the others are. Steps, generator and output type are added by the check
 import copy
 import inspect
 import json
+import math
 
 import numpy as np
 import PIL.Image
@@ -473,11 +474,22 @@ class DynaDiTPipelineTests:
             ({"num_inference_steps": "3"}, "`num_inference_steps`='3' must be a number"),
             ({"eta": "0"}, "`eta`='0' must be a number"),
             ({"guidance_scale": None}, "`guidance_scale`=None must be a number"),
+            (
+                {"guidance_scale": math.nan},
+                "`guidance_scale`=nan must be finite. Use `guidance_scale=1` for no guidance",
+            ),
+            ({"guidance_scale": math.inf}, "`guidance_scale`=inf must be finite"),
             ({"strength": "1"}, "`strength`='1' must be a number"),
             ({"strength": None}, "`strength`=None must be a number"),
             ({"latents": [0.0]}, "`latents` must be a tensor, but is list. Use `torch.as_tensor`"),
             ({"output_type": "jpg"}, r"`output_type`='jpg' must be 'pil', 'np', 'pt' or 'latent'"),
             ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval`=\(0.8, 0.2\) must be two noise levels in"),
+            ({"guidance_interval": 0.5}, r"`guidance_interval`=0.5 must be two noise levels in \[0, 1\], the lower"),
+            ({"guidance_interval": "01"}, "`guidance_interval`='01' must be two noise levels in"),
+            (
+                {"guidance_interval": ("0.2", "0.8")},
+                r"`guidance_interval`=\('0.2', '0.8'\) must be two noise levels in",
+            ),
             ({"guidance_channels": 4}, r"`guidance_channels`=4 must be a number of channels from 1 to 3"),
             ({"guidance_rescale": 1.5}, r"`guidance_rescale`=1.5 must be in \[0, 1\]"),
             ({"width_mult": 1.5}, r"`width_mult`=1.5 must be in \(0, 1\]"),
@@ -485,6 +497,14 @@ class DynaDiTPipelineTests:
             (
                 {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},
                 r"`callback_on_step_end_tensor_inputs` has \['noise'\], but only \['latents'",
+            ),
+            (
+                {"callback_on_step_end_tensor_inputs": "prompt_embeds"},
+                r"`callback_on_step_end_tensor_inputs`='prompt_embeds' must be a list of names, such as \['prompt_embeds'",
+            ),
+            (
+                {"callback_on_step_end_tensor_inputs": [3]},
+                r"`callback_on_step_end_tensor_inputs`=\[3\] must be a list of names, such as \['latents'\]",
             ),
         ],
     )

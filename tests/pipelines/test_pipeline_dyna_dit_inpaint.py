@@ -485,12 +485,14 @@ def test_known_pixels_come_back_bit_for_bit(trained, channels):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_known_pixels_come_back_bit_for_bit_through_a_vae(trained):
-    """A mask that cuts latents of 2 x 2 pixels in two, and one that leaves none whole: what is asked changes, no more."""
+    """A mask that cuts latents of 2 x 2 pixels in two, and one that leaves at most one whole: no more changes than asked."""
     pipe = make_pipeline(trained=trained, vae=tiny_vae(shift_factor=0.3), in_channels=4)
     images = pictures(0, 1, size=16)
     masks = torch.zeros(2, 1, 16, 16)
     masks[0, :, 5:10, 5:12] = 1
     masks[1, :, 1::2, 1::2] = 1
+    if not trained:  # which is refused a mask that leaves none
+        masks[1, :, :2, :2] = 0
     painted = (masks > 0).expand(2, 3, 16, 16)
     arguments = {"class_labels": [0, 1], "generator": generators(0, 1)}
     results = paint(pipe, images, masks, **arguments)
@@ -881,6 +883,28 @@ def test_mask_that_is_lost_at_the_size_that_is_painted():
         paint(pipe, image, mask, class_labels=0, height=8, width=8)
     with pytest.raises(ValueError, match="`mask_image` 0 covers all .at 16 x 16"):
         paint(pipe, image, torch.ones(16, 16), class_labels=0)
+
+
+def test_mask_that_covers_every_latent():
+    """Refused where the image would not be seen: not if a transformer is given it, nor if it is the start."""
+    vae, image = tiny_vae(), pictures(0, 1, size=16)
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[0, :, 4:8, 4:8] = 1
+    mask[1, :, ::2, ::2] = 1  # a pixel of each latent of 2 x 2
+    pipe = make_pipeline(vae=vae, in_channels=4)
+    with pytest.raises(
+        ValueError, match="`mask_image` 1 covers every latent .at 16 x 16.* in whole blocks of 2 x 2 .* below 1"
+    ):
+        paint(pipe, image, mask, class_labels=[0, 1])
+    kept = (mask < 0.5).expand_as(image)
+    trained = make_pipeline(trained=True, vae=vae, in_channels=4)
+    for result in (
+        paint(pipe, image, mask, class_labels=[0, 1], strength=0.5),
+        paint(trained, image, mask, class_labels=[0, 1]),
+    ):
+        assert torch.equal(result[kept], image[kept])
+    mask[1, :, :2, :2] = 0  # one latent is known
+    paint(pipe, image, mask, class_labels=[0, 1])
 
 
 def test_transformers_of_other_tasks():

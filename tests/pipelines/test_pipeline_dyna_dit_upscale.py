@@ -5,6 +5,7 @@ test, whose results are the given image, enlarged, without seams.
 """
 
 import json
+import math
 
 import numpy as np
 import PIL.Image
@@ -585,11 +586,15 @@ def test_no_image():
     [
         ({"upscale_factor": 1}, "`upscale_factor`=1 must be a whole number, at least 2"),
         ({"upscale_factor": 2.5}, "`upscale_factor`=2.5 must be a whole number, at least 2"),
+        ({"upscale_factor": "2"}, "`upscale_factor`='2' must be a number"),
+        ({"upscale_factor": None}, "`upscale_factor`=None must be a number"),
+        ({"upscale_factor": math.inf}, "`upscale_factor`=inf must be a whole number, at least 2"),
         ({"max_noise_level": 1001}, r"`max_noise_level`=1001 must be in \[0, 1000\]"),
+        ({"max_noise_level": "a"}, "`max_noise_level`='a' must be a number"),
     ],
 )
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make_pipeline(**settings)
 
 

@@ -8,6 +8,7 @@ import copy
 import inspect
 import io
 import json
+import math
 
 import numpy as np
 import PIL.Image
@@ -675,6 +676,8 @@ def test_every_argument_of_a_call_is_documented():
             {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},
             r"`callback_on_step_end_tensor_inputs` has \['noise'\], but only \['latents'\]",
         ),
+        ({"guidance_scale": math.nan}, "`guidance_scale`=nan must be a finite number. Use `guidance_scale=1` for no"),
+        ({"guidance_scale": None}, "`guidance_scale`=None must be a finite number"),
         ({"class_labels": None, "guidance_scale": 2.0}, r"`guidance_scale`=2.0 needs `class_labels` and a U-Net"),
         ({"generator": generators(0, 1)}, r"`generator` is a list of 2, but 1 images are to be drawn"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"`latents` must have shape \(1, 3, 8, 8\), but has shape \(2, 3"),
