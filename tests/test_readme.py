@@ -176,7 +176,7 @@ def test_every_block_runs(checkout, tmp_path_factory):
     assert (checkout / "outputs" / "three.png").exists()
     assert (checkout / "outputs" / "dynamic-three.png").exists()
     assert (checkout / "outputs" / "caption-three.png").exists()
-    for name in ("filled", "filled-by-caption", "filled-without-training", "enlarged"):
+    for name in ("edited", "styled", "filled", "filled-by-caption", "filled-without-training", "enlarged"):
         assert (checkout / "outputs" / f"{name}.png").exists()
     models = ("dit-static", "dit-0.6", "dit-xl-2", "text-digits", "text-inpaint", "dit-inpaint", "dit-upscale")
     for name in ("digits", "photos", "flowers", "captioned", *models):

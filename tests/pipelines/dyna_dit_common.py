@@ -232,6 +232,13 @@ class DynaDiTPipelineTests:
             assert_close(batch[i : i + 1], self.draw(pipe, entry))
         assert (batch[0] - batch[1]).abs().max() > 0.1
 
+    def test_decoded_image_of_a_seed_does_not_depend_on_its_batch(self):
+        pipe = self.make(vae=tiny_vae(shift_factor=0.3), **self.latent)
+        batch = self.draw(pipe, 2, 0, 1, output_type="pt")
+        for i, entry in enumerate((2, 0, 1)):
+            assert_close(batch[i : i + 1], self.draw(pipe, entry, output_type="pt"))
+        assert (batch[0] - batch[1]).abs().max() > 0.1
+
     def test_same_seed_same_image_and_nothing_from_the_global_generator(self):
         pipe = self.make()
         state = torch.get_rng_state()
@@ -428,6 +435,19 @@ class DynaDiTPipelineTests:
             assert second == first
         in_bfloat16 = self.pipeline_class.from_pretrained(tmp_path / "first", dtype=torch.bfloat16)
         assert in_bfloat16.transformer.dtype == torch.bfloat16
+
+    def test_save_and_load_with_a_vae(self, tmp_path):
+        pipe = self.make(vae=tiny_vae(shift_factor=0.3), **self.latent)
+        expected = self.draw(pipe, 0, 1, output_type="pt")
+        pipe.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+        with logged_warnings() as warnings:
+            loaded = DiffusionPipeline.from_pretrained(tmp_path)
+        assert warnings == []
+        assert type(loaded) is self.pipeline_class
+        assert_close(self.draw(quiet(loaded), 0, 1, output_type="pt"), expected)
+        in_bfloat16 = self.pipeline_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert in_bfloat16.vae.dtype == torch.bfloat16
 
     def test_from_pipe_shares_its_components(self):
         pipe = self.make(vae=tiny_vae(), **self.latent)

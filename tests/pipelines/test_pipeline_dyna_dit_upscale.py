@@ -441,17 +441,22 @@ def draw_smooth(count: int, generator: torch.Generator, size: int = 8) -> torch.
     return 0.9 * wave[:, None]
 
 
-@pytest.fixture(scope="module")
-def pipe_of_waves():
+def train_on_waves(factor: int) -> DynaDiTUpscalePipeline:
     def draw(count, generator):
         images = draw_smooth(count, generator)
         levels = 500 * torch.rand(count, generator=generator)
         noise = torch.randn(images.shape, generator=generator)
-        low = FlowMatchODEScheduler().add_noise(enlarge(downscale(images, 2), (8, 8)), noise, levels)
+        low = FlowMatchODEScheduler().add_noise(enlarge(downscale(images, factor), (8, 8)), noise, levels)
         return images, low, {"noise_level": levels}
 
     transformer = train_tiny(draw, steps=200, condition_channels=1, noise_level_conditioning=True)
-    return quiet(DynaDiTUpscalePipeline(transformer, FlowMatchODEScheduler(), max_noise_level=500.0))
+    levels = {"upscale_factor": factor, "max_noise_level": 500.0}
+    return quiet(DynaDiTUpscalePipeline(transformer, FlowMatchODEScheduler(), **levels))
+
+
+@pytest.fixture(scope="module")
+def pipe_of_waves():
+    return train_on_waves(2)
 
 
 def test_results_are_the_image_enlarged(pipe_of_waves):
@@ -462,6 +467,19 @@ def test_results_are_the_image_enlarged(pipe_of_waves):
     distances = (results[:, None] - images).abs().mean(dim=(2, 3, 4))
     assert distances.diagonal().max() < 0.08
     assert (distances.argmin(dim=1) == torch.arange(8)).all()
+
+
+def test_results_are_the_image_enlarged_by_four():
+    """Of four pixels: each result is near its own image, and the means of its quarters are those pixels."""
+    pipe, images = train_on_waves(4), draw_smooth(8, torch.Generator().manual_seed(1)) / 2 + 0.5
+    low = downscale(images, 4)
+    assert low.shape == (8, 1, 2, 2)
+    results = enlarged(pipe, low, num_inference_steps=10, output_type="pt", generator=generators(*range(8)))
+    assert results.shape == images.shape
+    distances = (results[:, None] - images).abs().mean(dim=(2, 3, 4))
+    assert distances.diagonal().max() < 0.1
+    assert (distances.argmin(dim=1) == torch.arange(8)).all()
+    assert (downscale(results, 4) - low).abs().mean() < 0.2 * low.std()
 
 
 def test_noise_level_lets_go_of_the_image(pipe_of_waves):

@@ -19,6 +19,7 @@ from diffusers_dyna import (
     FlowMatchODEScheduler,
 )
 from diffusers_dyna.training.data import ImageTransform, TrainingImages, collate_examples, load_digits
+from diffusers_dyna.training.degradation import enlarge
 from diffusers_dyna.training.tasks import make_inpainting, make_upscaling
 
 from ..testing_utils import randn
@@ -98,6 +99,25 @@ def test_the_pipeline_of_upscaling(runs):
     images = [PIL.Image.fromarray(load_digits().images[i]).reduce(2) for i in (0, 1)]
     results = pipe(image=images, class_labels=[0, 1], num_inference_steps=4).images
     assert [result.size for result in results] == [(8, 8), (8, 8)]
+
+
+def test_a_pipeline_that_enlarges_by_four(run_here, tmp_path, monkeypatch):
+    """Four pixels are what the model is given in training, and what the saved pipeline makes an image of."""
+    given = set()
+
+    def watch(images, size):
+        given.add((tuple(images.shape[1:]), tuple(size)))
+        return enlarge(images, size)
+
+    monkeypatch.setattr("diffusers_dyna.training.tasks.enlarge", watch)
+    run_here(tmp_path, static=True, task="upscale", upscale_factor=4, max_noise_level=100, max_train_steps=4)
+    assert given == {((1, 2, 2), (8, 8))}
+    pipe = DynaDiTUpscalePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.config.upscale_factor, pipe.config.max_noise_level) == (4, 100.0)
+    image = PIL.Image.fromarray(load_digits().images[0]).reduce(4)
+    (result,) = pipe(image=image, class_labels=[0], num_inference_steps=2).images
+    assert (image.size, result.size) == ((2, 2), (8, 8))
 
 
 @pytest.mark.parametrize("task", TASKS)
