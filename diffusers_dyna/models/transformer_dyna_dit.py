@@ -652,19 +652,21 @@ class _Text:
     states: torch.Tensor | None  # (B, L, caption_channels)
     attention_mask: torch.Tensor | None  # (B, L)
     dropout_mask: torch.Tensor | None  # (B,)
+    is_pooled: bool = False  # the model reads the mean of the states
+    noise: torch.Tensor | None = None  # (B, caption_channels), on that mean
 
     @property
     def length(self) -> int:
-        return 1 if self.states is None else self.states.shape[1]
+        return 1 if self.states is None or self.is_pooled else self.states.shape[1]
 
     @property
-    def sources(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def sources(self) -> tuple[torch.Tensor | None, ...]:
         """What keys and values are made of."""
-        return self.states, self.dropout_mask
+        return (self.states, self.dropout_mask, *((self.attention_mask, self.noise) if self.is_pooled else ()))
 
     def key_mask(self, device: torch.device) -> torch.Tensor | None:
         """False where a token is left out, (B, 1, 1, L)."""
-        if self.attention_mask is None:
+        if self.attention_mask is None or self.is_pooled:
             return None
         mask = self.attention_mask.to(device)
         if self.dropout_mask is not None:  # all tokens of the null caption are the same, and there must be one
@@ -685,6 +687,15 @@ class _Text:
             ):
                 return False
         return True
+
+
+def _pool(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the states (B, L, C) that the mask (B, L) leaves, of root mean square 1: (B, 1, C), float32."""
+    states = states.float()
+    if mask is not None:
+        states = states * mask.to(states)[..., None]
+    # The sum has the direction of the mean.
+    return F.normalize(states.sum(dim=1, keepdim=True), dim=2) * states.shape[2] ** 0.5
 
 
 @dataclass
@@ -1179,6 +1190,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         caption_dropout_prob (`float`, defaults to `0.1`):
             Share of captions replaced by a learned null caption in training mode, for classifier-free guidance. At 0
             there is none. Without effect on a model without text.
+        caption_pooling (`bool`, defaults to `False`):
+            Whether the mean of a caption's states, scaled to a root mean square of 1, stands for them, as encoders of
+            sentences such as all-MiniLM are trained ([arXiv 1908.10084](https://huggingface.co/papers/1908.10084)). It is
+            the one token that cross-attention reads, and modulates the blocks with time and class.
         noise_level_conditioning (`bool`, defaults to `False`):
             Whether the noise level of an image among the condition channels is an input of its own, as in cascaded
             diffusion ([arXiv 2106.15282](https://huggingface.co/papers/2106.15282), section 4). Routers do not see it.
@@ -1218,6 +1233,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         caption_channels: int | None = None,
         caption_dropout_prob: float = 0.1,
         noise_level_conditioning: bool = False,
+        caption_pooling: bool = False,
     ):
         super().__init__()
         sizes = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -1238,12 +1254,14 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
         self.noise_level_embedding = DynaTimestepEmbedding(256, dim) if noise_level_conditioning else None
-        self.null_caption = self.caption_projection = None
+        self.null_caption = self.caption_projection = self.caption_embedding = None
         if cross_attention_dim is not None:
             if caption_dropout_prob > 0:
                 self.null_caption = nn.Embedding(1, caption_channels or cross_attention_dim)
             if caption_channels is not None:
                 self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
+            if caption_pooling:
+                self.caption_embedding = DynaDenseLinear(cross_attention_dim, dim)
         num_heads, mlp_dim = num_attention_heads, round(dim * mlp_ratio)
         self.transformer_blocks = nn.ModuleList(
             [
@@ -1305,6 +1323,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 f"`caption_channels`={config.caption_channels} needs `cross_attention_dim`, the width that captions are "
                 "projected to."
             )
+        if config.caption_pooling and config.cross_attention_dim is None:
+            raise ValueError(
+                "`caption_pooling`=True needs `cross_attention_dim`: without it the model reads no captions."
+            )
         if config.qk_norm not in (None, True, False, *QK_NORMS):
             raise ValueError(
                 f"`qk_norm`={config.qk_norm!r} is unknown. Use one of {', '.join(map(repr, QK_NORMS))}, or None."
@@ -1330,6 +1352,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         zeros += [block.cross_attn.to_out[0] for block in self._blocks if block.has_text]
         if self.noise_level_embedding is not None:
             zeros.append(self.noise_level_embedding.linear_2)
+        if self.caption_embedding is not None:
+            zeros.append(self.caption_embedding)
         for linear in zeros:
             nn.init.zeros_(linear.weight)
         for block in self._blocks:
@@ -1484,6 +1508,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         encoder_attention_mask: torch.Tensor | None = None,
         caption_dropout_mask: torch.Tensor | None = None,
         noise_level: torch.Tensor | float | None = None,
+        caption_noise: torch.Tensor | None = None,
     ) -> DynaDiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         r"""
         Args:
@@ -1517,6 +1542,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             noise_level (`torch.Tensor` of shape `(batch_size,)` or `()`, or `float`, *optional*):
                 Of the image among the condition channels, in [0, 1000], in units of `timestep`; needed by a model with
                 `noise_level_conditioning`.
+            caption_noise (`torch.Tensor` of shape `(batch_size, caption_channels)`, *optional*):
+                For training with `caption_pooling`: added to the mean of a caption's states, whose root mean square is 1.
 
         Returns:
             [`DynaDiTTransformer2DModelOutput`] with `sample` of shape `(batch_size, out_channels, height, width)`, or a
@@ -1530,15 +1557,25 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         timestep = self._prepare_timestep(timestep, batch_size, device)
         labels = self._prepare_class_labels(class_labels, class_dropout_mask, batch_size, device, self.training)
         level = self._prepare_noise_level(noise_level, batch_size, device)
-        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        text = _Text(
+            encoder_hidden_states,
+            encoder_attention_mask,
+            caption_dropout_mask,
+            self.config.caption_pooling,
+            caption_noise,
+        )
         self._check_text(text, batch_size)
         if self.training and self.has_null_caption and text.states is not None and text.dropout_mask is None:
             text.dropout_mask = torch.rand(batch_size, device=device) < self.config.caption_dropout_prob
 
-        # 1. Patches, time, class and noise level
+        # 1. Patches, time, class, noise level and, where it is one token, the caption
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         temb = self._embed_time(timestep)
         embedding = self._add_conditions(temb, labels, level)
+        caption = None
+        if self.caption_embedding is not None:
+            caption = self._project_text(text, batch_size, hidden_states)
+            embedding = embedding + self.caption_embedding(caption[:, 0]).to(embedding)
         conditioning = F.silu(embedding).to(dtype)
 
         # 2. What is left out, and what is prepared
@@ -1550,7 +1587,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if call.form == "skipping":
                 call.keys_values = self._find_keys_values(text, batch_size)
             if call.keys_values is None:
-                call.text = self._project_text(text, batch_size, hidden_states)
+                call.text = caption
+                if caption is None:
+                    call.text = self._project_text(text, batch_size, hidden_states)
             call.text_mask = text.key_mask(device)
 
         # 3. Blocks
@@ -1635,7 +1674,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
     def _project_text(self, text: _Text, batch_size: int, like: torch.Tensor) -> torch.Tensor:
         """What keys and values are made of, (B, L, cross_attention_dim), in the dtype and on the device of `like`."""
-        states = None if text.states is None else text.states.to(like.device, like.dtype)
+        states = text.states
+        if states is not None:
+            if text.is_pooled:
+                states = _pool(states, text.attention_mask)
+                states = states if text.noise is None else states + text.noise.to(states)[:, None]
+            states = states.to(like.device, like.dtype)
         if states is None or text.dropout_mask is not None:
             null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
             if states is None:
@@ -1748,8 +1792,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         total += config.noise_level_conditioning * (256 * dim + dim**2)
         if cross_macs:
             text_dim, width = config.cross_attention_dim, config.caption_channels
-            total += num_text_tokens * 2 * dim * text_dim * config.num_layers
-            total += num_text_tokens * (width * text_dim + text_dim**2) if width is not None else 0
+            num_keys = 1 if config.caption_pooling else num_text_tokens
+            total += num_keys * 2 * dim * text_dim * config.num_layers
+            total += num_keys * (width * text_dim + text_dim**2) if width is not None else 0
+            total += config.caption_pooling * text_dim * dim
         if masks is None:
             share = self._num_active_groups() / config.num_attention_heads
             blocks = config.num_layers * share * (attn_macs + mlp_macs + sum(cross_macs))
@@ -1829,7 +1875,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 "`num_text_tokens` must be given: what attention to the text costs hangs on the text's length."
             )
-        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_text_tokens * dim
+        num_keys = 1 if self.config.caption_pooling else num_text_tokens
+        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_keys * dim
 
     def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
         sample_size = self.config.sample_size if sample_size is None else sample_size
@@ -1901,7 +1948,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         self.clear_plan()
         self._check_timesteps(timesteps)
-        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask)
+        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask, self.config.caption_pooling)
         if text.states is not None:
             self._check_text(text, len(text.states))
         # What can change without a trace, as the strength of an adapter or a weight made in inference mode, has its
@@ -2005,7 +2052,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if has_level and noise_level is not None:
             level = self._prepare_noise_level(noise_level, 1, temb.device)
         is_known = (level is not None or not has_level) and (class_labels is not None or self.class_embedding is None)
-        if not is_known or not self._can_prepare("modulations", temb.device):
+        # Where captions modulate, there are as many modulations as samples.
+        if not is_known or self.caption_embedding is not None or not self._can_prepare("modulations", temb.device):
             return
         if class_labels is not None:
             batch_size = class_labels.numel() if torch.is_tensor(class_labels) else len(class_labels)
@@ -2222,6 +2270,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def _check_text(self, text: _Text, batch_size: int) -> None:
         states, attention_mask, dropout_mask = text.states, text.attention_mask, text.dropout_mask
         config = self.config
+        if text.noise is not None and not (config.caption_pooling and states is not None):
+            raise ValueError(
+                "`caption_noise` was given, but there is no mean of a caption's states to add it to. Give "
+                "`encoder_hidden_states` to a model with `caption_pooling`."
+            )
         if config.cross_attention_dim is None:
             names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
             for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
@@ -2249,6 +2302,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 f"`encoder_hidden_states` must have shape ({batch_size}, num_text_tokens, {width}), but it has shape "
                 f"{tuple(states.shape)}."
+            )
+        if text.noise is not None and text.noise.shape != (batch_size, width):
+            raise ValueError(
+                f"`caption_noise` must have shape {(batch_size, width)}, but it has shape {tuple(text.noise.shape)}."
             )
         if attention_mask is None:
             return

@@ -15,7 +15,14 @@ from ..models import DynaDiTTransformer2DModel
 ADDABLE = {
     "condition_channels": set(),
     "noise_level_conditioning": {"noise_level_embedding"},
-    "cross_attention_dim": {"caption_projection", "null_caption", "norm_cross", "cross_attn", "cross_attn_rate"},
+    "cross_attention_dim": {
+        "caption_projection",
+        "caption_embedding",
+        "null_caption",
+        "norm_cross",
+        "cross_attn",
+        "cross_attn_rate",
+    },
 }
 
 
@@ -60,7 +67,7 @@ def adapt_transformer(
     changes = {key: value for key, value in config.items() if transformer.config[key] != value}
     free = {"router_mode", *(key for key in ADDABLE if not transformer.config[key])}
     if transformer.config.cross_attention_dim is None and config.get("cross_attention_dim") is not None:
-        free |= {"caption_channels", "caption_dropout_prob"}
+        free |= {"caption_channels", "caption_dropout_prob", "caption_pooling"}
         free |= {"num_classes"} if config.get("num_classes", 0) is None else set()
     different = [
         f"`{key}`={transformer.config[key]!r} instead of {value!r}"

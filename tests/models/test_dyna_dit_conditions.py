@@ -24,6 +24,8 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 LEVELS = {"rtol": 1e-3, "atol": 1e-3}  # sinusoids of angles of up to 350 on top
 MODES = ("capacity", "threshold")
 TEXT = {"cross_attention_dim": 24, "caption_channels": 16, "num_classes": None}
+POOLED = {**TEXT, "caption_pooling": True}
+FORMS_OF_TEXT = pytest.mark.parametrize("config", [TEXT, POOLED], ids=["tokens", "pooled"])
 UPSCALE = {"condition_channels": 4, "noise_level_conditioning": True}
 LENGTHS = (7, 3, 5)
 
@@ -109,13 +111,14 @@ def test_cross_attention_is_the_written_formulas(router_mode, qk_norm):
         torch.testing.assert_close(seen[2 * i + 1], expected, **CLOSE)
 
 
+@FORMS_OF_TEXT
 @pytest.mark.parametrize("width_mult", [1.0, 0.5])
 @pytest.mark.parametrize("with_mask", [True, False])
 @pytest.mark.parametrize("same_time", [True, False])
 @pytest.mark.parametrize("router_mode", MODES)
-def test_skipping_is_masked_is_prepared(router_mode, same_time, with_mask, width_mult):
+def test_skipping_is_masked_is_prepared(router_mode, same_time, with_mask, width_mult, config):
     arguments = text_inputs(same_time, with_mask)
-    model = mixed_dyna_dit(arguments, router_mode=router_mode, **TEXT)
+    model = mixed_dyna_dit(arguments, router_mode=router_mode, **config)
     model.set_width(width_mult)
     masked = run_masked(model, arguments, output_masks=True)
     skipping = run(model, arguments, output_masks=True)
@@ -131,9 +134,64 @@ def test_skipping_is_masked_is_prepared(router_mode, same_time, with_mask, width
             assert torch.equal(output.cross_attn_masks, masked.cross_attn_masks)
 
 
-def test_one_image_is_its_row_of_a_batch():
+@torch.no_grad()
+def test_pooled_captions_are_the_written_formulas():
+    """One normalised mean of the tokens, plus noise, is what modulates and what cross-attention reads."""
     arguments = text_inputs(same_time=True)
-    model = mixed_dyna_dit(arguments, **TEXT)
+    model = mixed_dyna_dit(arguments, **POOLED)
+    noise = randn(3, 16, seed=8)
+    means = [states[:length].mean(dim=0) for states, length in zip(arguments["encoder_hidden_states"], LENGTHS)]
+    pooled = torch.stack([mean / mean.square().mean().sqrt() for mean in means])
+    projection, seen = model.caption_projection, []
+    model.norm_out.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    model.transformer_blocks[1].cross_attn.to_kv.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for given in (None, noise):
+        states = pooled if given is None else pooled + given
+        states[2] = model.null_caption.weight[0]  # without noise
+        hidden = F.gelu(F.linear(states, projection.linear_1.weight, projection.linear_1.bias), approximate="tanh")
+        caption = F.linear(hidden, projection.linear_2.weight, projection.linear_2.bias)
+        embedding = model.caption_embedding
+        time = model._embed_time(arguments["timestep"])
+        modulating = time + F.linear(caption, embedding.weight, embedding.bias)
+        for form in (run, run_masked):
+            seen.clear()
+            form(model, arguments, caption_noise=given)
+            torch.testing.assert_close(seen[0], caption[:, None], **CLOSE)
+            torch.testing.assert_close(seen[1], modulating, **CLOSE)
+            assert_differ(modulating, time)
+
+
+def test_noise_on_a_caption_is_not_prepared_away():
+    arguments = text_inputs(same_time=True, with_mask=False)
+    model = mixed_dyna_dit(arguments, **POOLED)
+    noise = {"caption_noise": randn(3, 16, seed=8)}
+    expected = run(model, arguments, **noise).sample
+    prepare(model, arguments)
+    assert model._plan.keys_values
+    torch.testing.assert_close(run(model, arguments, **noise).sample, expected, **CLOSE)
+    assert_differ(run(model, arguments).sample[:2], expected[:2])
+
+
+@pytest.mark.parametrize("change", ["other", "in place"])
+def test_another_mask_of_a_pooled_caption_is_not_prepared(change):
+    """The mask is part of what keys and values are made of."""
+    arguments = text_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments, **POOLED)
+    prepare(model, arguments)
+    before = run(model, arguments).sample
+    if change == "other":
+        arguments["encoder_attention_mask"] = arguments["encoder_attention_mask"].clone()
+    arguments["encoder_attention_mask"][0, 3:] = False
+    actual = run(model, arguments).sample
+    model.clear_plan()
+    torch.testing.assert_close(actual, run(model, arguments).sample, **CLOSE)
+    assert_differ(actual[0], before[0])
+
+
+@FORMS_OF_TEXT
+def test_one_image_is_its_row_of_a_batch(config):
+    arguments = text_inputs(same_time=True)
+    model = mixed_dyna_dit(arguments, **config)
     batch = run(model, arguments).sample
     for i, length in enumerate(LENGTHS):
         row = {name: value[i : i + 1] for name, value in arguments.items()}
@@ -144,10 +202,11 @@ def test_one_image_is_its_row_of_a_batch():
         torch.testing.assert_close(run(model, row).sample, batch[i : i + 1], **CLOSE)
 
 
-def test_null_caption():
+@FORMS_OF_TEXT
+def test_null_caption(config):
     """It stands for whatever was dropped, with any mask, and for all where no text is given."""
     arguments = text_inputs(same_time=True)
-    model = mixed_dyna_dit(arguments, **TEXT)
+    model = mixed_dyna_dit(arguments, **config)
     assert model.has_null_caption and model.null_class_label is None
     without = {name: value for name, value in arguments.items() if name in ("hidden_states", "timestep")}
     expected = run(model, without).sample
@@ -298,10 +357,11 @@ def test_plan_and_lora_of_the_text_layers():
     assert_differ(run(model, arguments, attention_kwargs={"scale": 1.0}).sample, masked)
 
 
+@FORMS_OF_TEXT
 @pytest.mark.parametrize("router_mode", MODES)
-def test_gradient_reaches_every_parameter(router_mode):
+def test_gradient_reaches_every_parameter(router_mode, config):
     arguments = {**text_inputs(), "hidden_states": randn(3, 6, 8, 8), "noise_level": torch.tensor([0.0, 100.0, 300.0])}
-    config = {**TEXT, **UPSCALE, "in_channels": 2, "qk_norm": "rms_norm"}
+    config = {**config, **UPSCALE, "in_channels": 2, "qk_norm": "rms_norm"}
     model = mixed_dyna_dit(arguments, router_mode=router_mode, **config).train()
     output = model(**arguments, output_masks=True)
     (output.sample.square().mean() + output.compute_ratio.mean()).backward()
@@ -337,16 +397,18 @@ def test_training_drops_captions_at_the_asked_rate():
     assert 0.22 < is_null.float().mean() < 0.38  # five deviations around 0.3 are 0.115
 
 
+@FORMS_OF_TEXT
 @pytest.mark.parametrize("router_mode", MODES)
-def test_macs(router_mode):
+def test_macs(router_mode, config):
     """Of the complete model by torch's counter; of the dynamic one by the closed form, and as predicted."""
     arguments = text_inputs(same_time=True, with_mask=False)
-    model = mixed_dyna_dit(arguments, router_mode=router_mode, **TEXT)
+    model = mixed_dyna_dit(arguments, router_mode=router_mode, **config)
+    num_keys = 1 if "caption_pooling" in config else 7
     one = {name: value[:1] for name, value in arguments.items()}
     macs = model.compute_macs(num_text_tokens=7)
     assert counted_macs(model, one, complete_model=True) == macs["total"]
     assert macs["blocks"] == 3 * (
-        4 * 16 * 32**2 + 2 * 16**2 * 32 + 2 * 16 * 32 * 128 + 2 * 16 * 32**2 + 2 * 16 * 7 * 32
+        4 * 16 * 32**2 + 2 * 16**2 * 32 + 2 * 16 * 32 * 128 + 2 * 16 * 32**2 + 2 * 16 * num_keys * 32
     )
     output = run(model, arguments, output_masks=True)
     dynamic = model.compute_macs(masks=output, num_text_tokens=7)
@@ -358,7 +420,7 @@ def test_macs(router_mode):
         predicted = model.predict_compute_ratio(arguments["timestep"], num_text_tokens=7)
         torch.testing.assert_close(predicted, output.compute_ratio)
         longer = model.predict_compute_ratio(arguments["timestep"], num_text_tokens=70)
-        assert (longer != predicted).all()
+        assert (longer != predicted).all() == (num_keys == 7)
 
 
 def test_gate_noise_of_the_text_heads():
@@ -375,9 +437,10 @@ def test_gate_noise_of_the_text_heads():
     assert output.cross_attn_masks.detach().unique(dim=0).tolist() == [[[1.0, 1.0, 0.0, 1.0]] * 3]
 
 
-def test_a_fresh_model_ignores_the_text():
+@FORMS_OF_TEXT
+def test_a_fresh_model_ignores_the_text(config):
     """Cross-attention starts with an output of zero and all heads on, so that it can be added to a trained model."""
-    model = DynaDiTTransformer2DModel(**{"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, **TEXT})
+    model = DynaDiTTransformer2DModel(**{"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, **config})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modulation" in name or "proj_out" in name:
@@ -403,7 +466,7 @@ def test_class_and_text():
 
 
 @pytest.mark.parametrize(
-    "config", [TEXT, UPSCALE, {**TEXT, "caption_channels": None, "caption_dropout_prob": 0.0}], ids=str
+    "config", [TEXT, POOLED, UPSCALE, {**TEXT, "caption_channels": None, "caption_dropout_prob": 0.0}], ids=str
 )
 def test_save_and_load(config, tmp_path):
     model = tiny_dyna_dit(**config)
@@ -687,6 +750,7 @@ def test_shared_attention_leaves_the_text_alone():
         ({"cross_attention_dim": 0}, "`cross_attention_dim`=0 must be at least 1, or None"),
         ({"condition_channels": -1}, "`condition_channels`=-1 must be at least 0"),
         ({**TEXT, "caption_dropout_prob": 1.5}, "`caption_dropout_prob`=1.5 must be in"),
+        ({"caption_pooling": True}, "`caption_pooling`=True needs `cross_attention_dim`"),
     ],
 )
 def test_wrong_config(config, message):
@@ -709,12 +773,22 @@ def test_wrong_config(config, message):
         ({"encoder_hidden_states": None}, "`encoder_attention_mask` was given without"),
         ({"noise_level": 20.0}, "`noise_level` was given, but the model has no `noise_level_conditioning`"),
         ({"hidden_states": randn(3, 5, 8, 8)}, r"shape \(batch_size, 4, height, width\)"),
+        ({"caption_noise": randn(3, 16)}, "`caption_noise` was given, but there is no mean of a caption's states"),
     ],
 )
 def test_wrong_text(overrides, message):
     model = tiny_dyna_dit(**TEXT)
     with pytest.raises(ValueError, match=message):
         run(model, text_inputs(), **overrides)
+
+
+def test_wrong_noise_on_a_caption():
+    model, arguments = tiny_dyna_dit(**POOLED), text_inputs()
+    with pytest.raises(ValueError, match=r"`caption_noise` must have shape \(3, 16\), but it has shape \(3, 7, 16\)"):
+        run(model, arguments, caption_noise=randn(3, 7, 16))
+    without = {name: value for name, value in arguments.items() if name in ("hidden_states", "timestep")}
+    with pytest.raises(ValueError, match="`caption_noise` was given, but there is no mean"):
+        run(model, without, caption_noise=randn(3, 16))
 
 
 def test_wrong_conditions_of_other_models():

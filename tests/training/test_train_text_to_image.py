@@ -147,6 +147,36 @@ class TestTraining:
         output = pipe("one red square", num_inference_steps=20, guidance_scale=2.0, output_compute_ratio=True)
         assert output.compute_ratio == pytest.approx(activity[-1]["compute_ratio"], abs=0.05)
 
+    def test_a_mean_of_the_states_with_noise(self, run_here, options, tmp_path):
+        """Pooling is saved with the model, kept from the weights of a further run, and enough to tell the colours."""
+        run_here(
+            tmp_path / "first",
+            static=True,
+            caption_pooling=True,
+            caption_noise=0.05,
+            max_train_steps=150,
+            learning_rate=5e-3,
+            num_validation_images=0,
+            **options,
+        )
+        pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "first")
+        assert pipe.transformer.config.caption_pooling
+        pipe.set_progress_bar_config(disable=True)
+        generator = [torch.Generator().manual_seed(i) for i in range(3)]
+        options_of_call = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "np"}
+        images = pipe(list(COLORS), generator=generator, **options_of_call).images
+        assert images.mean(axis=(1, 2)).argmax(axis=1).tolist() == [0, 1, 2]
+        run_here(
+            tmp_path / "second",
+            pretrained_model_name_or_path=tmp_path / "first",
+            caption_noise=0.05,
+            max_train_steps=2,
+            num_validation_images=0,
+            **options,
+        )
+        second = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "second", subfolder="transformer")
+        assert second.config.caption_pooling
+
     def test_captions_are_dropped_by_their_samples(self, run_here, options, tmp_path):
         """With all of them dropped, nothing is left but the null caption."""
         settings = {**options, "static": True, "max_train_steps": 5, "checkpointing_steps": 2}
@@ -542,6 +572,7 @@ class TestBadInput:
             (["--text_encoder", "./no/such"], "`--text_encoder` ./no/such is not a whole text encoder"),
             (["--text_encoder_subfolder", "x", "--pretrained_model_name_or_path", "a/b"], "is for `--text_encoder`"),
             (["--caption_dropout_prob", "2"], "`--caption_dropout_prob` 2.0 must be in [0, 1]"),
+            (["--caption_noise", "-1"], "`--caption_noise` -1.0 must be at least 0"),
             (["--max_sequence_length", "0"], "`--max_sequence_length` 0 must be at least 1"),
             (
                 ["--validation_prompts", "red", "--num_validation_images", "0"],
@@ -569,6 +600,11 @@ class TestBadInput:
             script.parse_args(words)
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
+
+    def test_noise_without_a_mean_to_add_it_to(self, run_here, options, tmp_path):
+        with pytest.raises(ValueError, match="`--caption_noise` is for a model that reads the mean of a caption's"):
+            run_here(tmp_path / "run", caption_noise=0.5, **options)
+        assert not (tmp_path / "run").exists()
 
     def test_nothing_is_written_where_captions_are_missing(self, run_here, encoder, pictures, tmp_path):
         (tmp_path / "data").mkdir()
