@@ -8,14 +8,14 @@ Draws the pictures of OpenMoji with captions into image folders, for text to ima
     python examples/train_text_to_image.py --train_data_dir data/openmoji/train ...
 
 Or, with OpenMoji's own data/openmoji.json (from its repository, or npm), their names, keywords and group, such as "rabbit,
-animal, bunny, pet, animal mammal". A picture to train on has several captions then, in which some of that is left out, a
-picture of the other folders the whole one:
+animal, bunny, pet, animal mammal":
 
     npm pack openmoji@17.0.0 && tar xzf openmoji-17.0.0.tgz
     python examples/prepare_openmoji.py --metadata package/data/openmoji.json --output_dir data/openmoji
 
 OpenMoji (https://openmoji.org) is under CC BY-SA 4.0: whoever shows or shares these pictures names it, and each folder
-has a `LICENSE.txt` that says so, for the captions from its data too. Nothing is downloaded; the font is that of the installed package, or `--font`.
+has a `LICENSE.txt` that says so, for the captions from its data too. Nothing is downloaded; the font is that of the
+installed package, or `--font`.
 
 Drawn are the characters of the Unicode category "So" (other symbols) that the font has: 1,443 with Unicode 13 to 14
 (Python 3.10 and 3.11); a newer Python names some more. Letters, private characters and sequences (flags, skin tones,
@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import random
 import sys
 import unicodedata
 from pathlib import Path
@@ -37,7 +36,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 
-NUM_CAPTIONS, NUM_KEYWORDS = 16, 8
+NUM_KEYWORDS = 8
 METADATA = ("hexcode", "annotation", "tags", "openmoji_tags", "subgroups")  # of openmoji.json
 LICENSE = """The pictures in this folder were drawn from the font of OpenMoji and scaled down. Captions of more than a Unicode
 name are from its data/openmoji.json.
@@ -106,25 +105,24 @@ def read_metadata(path: Path) -> dict[str, dict]:
     return {entry["hexcode"].removesuffix("-FE0F"): entry for entry in entries}
 
 
-def make_captions(name: str, entry: dict) -> list[str]:
+def make_caption(name: str, entry: dict) -> str:
     """
     Args:
         name (`str`): Unicode name of a character, in lower case.
         entry (`dict`): what OpenMoji says of it.
 
     Returns:
-        `list[str]` of `NUM_CAPTIONS`: first the whole description, both names, up to `NUM_KEYWORDS` keywords and the group;
-        then such of which each part is left out with a probability of 0.3, with the keywords in another order.
+        `str`: both names, up to `NUM_KEYWORDS` keywords and the group, each of them once.
     """
-    names = list(dict.fromkeys([name, entry["annotation"].lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")]))
-    keywords = [keyword.strip().lower() for keyword in f"{entry['tags']},{entry['openmoji_tags']}".split(",")]
-    keywords = [keyword for keyword in dict.fromkeys(keywords) if keyword and keyword not in names][:NUM_KEYWORDS]
-    group = [entry["subgroups"].replace("-", " ")]
-    draws, captions = random.Random(name), [", ".join(names + keywords + group)]
-    while len(captions) < NUM_CAPTIONS:
-        parts = names + draws.sample(keywords, len(keywords)) + group
-        captions.append(", ".join(part for part in parts if draws.random() < 0.7) or name)
-    return captions
+
+    def clean(text):
+        return text.strip().lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+
+    names = [name, clean(entry["annotation"])]
+    keywords = dict.fromkeys(map(clean, f"{entry['tags']},{entry['openmoji_tags']}".split(",")))
+    keywords = [keyword for keyword in keywords if keyword not in names][:NUM_KEYWORDS]
+    parts = [*names, *keywords, entry["subgroups"].replace("-", " ")]
+    return ", ".join(part for part in dict.fromkeys(parts) if part)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -143,8 +141,7 @@ def main(args: argparse.Namespace) -> None:
         draw(symbol, font, args.size).save(folder / name)
         text, code_point = unicodedata.name(symbol).lower(), name.removesuffix(".png")
         if code_point in metadata:
-            captions = make_captions(text, metadata[code_point])
-            text = captions if split == "train" else captions[0]
+            text = make_caption(text, metadata[code_point])
         lines[split].append(json.dumps({"file_name": name, "text": text}))
     for split, entries in lines.items():
         (args.output_dir / split / "metadata.jsonl").write_text("\n".join(entries) + "\n")
