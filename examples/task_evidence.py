@@ -88,7 +88,7 @@ OPENMOJI = {
     "resolution": 32,
     "max_sequence_length": 64,
     "prediction_type": "sample",
-    "time_shift": 2,
+    "time_shift": 6,
 }
 FASHION_MNIST = {**TRAINING, "script": "train_dyna_dit", "dataset": "fashion-mnist"}
 # By the name of the folder; all whose names begin with that of a task are its parts, in their order.
@@ -98,17 +98,18 @@ TRAINED = {
         **SHAPE,
         "patch_size": 8,
         "attention_head_dim": 24,
+        "caption_memory": True,
         "static": True,
         "learning_rate": 1.2e-3,
         "lr_scheduler": "cosine",
-        "max_train_steps": 16000,
+        "max_train_steps": 10000,
     },
     "text_to_image": {
         **OPENMOJI,
         **BUDGET,
         "sort_by_importance": True,
         "learning_rate": 5e-4,
-        "max_train_steps": 2000,
+        "max_train_steps": 3000,
         "budget_warmup_steps": 200,
         "budget_decay_steps": 600,
     },

@@ -232,7 +232,9 @@ class DynaFloat32Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Block-wise offloading leaves a router behind when the decisions of all blocks are taken at once.
-        weight, bias = self.weight.to(input.device, torch.float32), self.bias.to(input.device, torch.float32)
+        weight, bias = (
+            None if tensor is None else tensor.to(input.device, torch.float32) for tensor in (self.weight, self.bias)
+        )
         input = input.float()
         if not torch.is_autocast_enabled(input.device.type):
             return _linear(input, weight, bias)
@@ -257,6 +259,38 @@ class DynaTimestepEmbedding(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class DynaCaptionMemory(nn.Module):
+    """
+    A memory of captions: what was learned for the captions that are most like the given one stands for it. This is
+    attention with fixed keys, the captions of the data, and learned values (Hopfield layer,
+    [arXiv 2008.02217](https://huggingface.co/papers/2008.02217), section 4), so that a small set of captions does for a model
+    what retrieval does in semi-parametric diffusion ([arXiv 2204.11824](https://huggingface.co/papers/2204.11824)).
+
+    Args:
+        num_entries (`int`): captions that it holds.
+        width (`int`): of a caption.
+        temperature (`float`):
+            Of the softmax over cosine similarities. Towards 0 a caption gets the value of the most similar entry alone.
+    """
+
+    def __init__(self, num_entries: int, width: int, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+        self.keys = DynaFloat32Linear(width, num_entries, bias=False).requires_grad_(False)
+        self.values = DynaFloat32Linear(num_entries, width, bias=False)
+
+    def forward(self, captions: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            captions (`torch.Tensor` of shape `(..., width)`): means of the states of captions, of any length.
+
+        Returns:
+            `torch.Tensor` of the shape of `captions`, float32.
+        """
+        similarities = self.keys(F.normalize(captions.float(), dim=-1))
+        return self.values(torch.softmax(similarities / self.temperature, dim=-1))
 
 
 class DynaPatchEmbed(nn.Module):
@@ -653,7 +687,6 @@ class _Text:
     attention_mask: torch.Tensor | None  # (B, L)
     dropout_mask: torch.Tensor | None  # (B,)
     is_pooled: bool = False  # the model reads the mean of the states
-    noise: torch.Tensor | None = None  # (B, caption_channels), on that mean
 
     @property
     def length(self) -> int:
@@ -662,7 +695,7 @@ class _Text:
     @property
     def sources(self) -> tuple[torch.Tensor | None, ...]:
         """What keys and values are made of."""
-        return (self.states, self.dropout_mask, *((self.attention_mask, self.noise) if self.is_pooled else ()))
+        return (self.states, self.dropout_mask, *((self.attention_mask,) if self.is_pooled else ()))
 
     def key_mask(self, device: torch.device) -> torch.Tensor | None:
         """False where a token is left out, (B, 1, 1, L)."""
@@ -1194,6 +1227,12 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             Whether the mean of a caption's states, scaled to a root mean square of 1, stands for them, as encoders of
             sentences such as all-MiniLM are trained ([arXiv 1908.10084](https://huggingface.co/papers/1908.10084)). It is
             the one token that cross-attention reads, and modulates the blocks with time and class.
+        caption_memory_size (`int`, *optional*):
+            Entries of a [`DynaCaptionMemory`] that the mean of the states is read from, for models of few captions, whose
+            pictures of new captions are otherwise blends of known ones; see [`write_caption_memory`]. `None` has none.
+        caption_memory_temperature (`float`, defaults to `0.005`):
+            Of its softmax. Entries whose cosine similarity with a caption is several times this below the largest have no
+            part in what it reads.
         noise_level_conditioning (`bool`, defaults to `False`):
             Whether the noise level of an image among the condition channels is an input of its own, as in cascaded
             diffusion ([arXiv 2106.15282](https://huggingface.co/papers/2106.15282), section 4). Routers do not see it.
@@ -1206,7 +1245,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _no_split_modules = ["DynaDiTBlock"]
     _repeated_blocks = ["DynaDiTBlock"]
     _router_modules = ["attn_rate", "mlp_rate", "cross_attn_rate", "token_rate", "token_selection"]
-    _keep_in_fp32_modules = ["time_embedding", "class_embedding", "noise_level_embedding", *_router_modules]
+    _keep_in_fp32_modules = [
+        "time_embedding",
+        "class_embedding",
+        "noise_level_embedding",
+        "caption_memory",
+        *_router_modules,
+    ]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", *_keep_in_fp32_modules]
 
     @register_to_config
@@ -1234,6 +1279,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         caption_dropout_prob: float = 0.1,
         noise_level_conditioning: bool = False,
         caption_pooling: bool = False,
+        caption_memory_size: int | None = None,
+        caption_memory_temperature: float = 0.005,
     ):
         super().__init__()
         sizes = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -1254,7 +1301,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
         self.noise_level_embedding = DynaTimestepEmbedding(256, dim) if noise_level_conditioning else None
-        self.null_caption = self.caption_projection = self.caption_embedding = None
+        self.null_caption = self.caption_projection = self.caption_embedding = self.caption_memory = None
         if cross_attention_dim is not None:
             if caption_dropout_prob > 0:
                 self.null_caption = nn.Embedding(1, caption_channels or cross_attention_dim)
@@ -1262,6 +1309,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
             if caption_pooling:
                 self.caption_embedding = DynaDenseLinear(cross_attention_dim, dim)
+            if caption_memory_size is not None:
+                width = caption_channels or cross_attention_dim
+                self.caption_memory = DynaCaptionMemory(caption_memory_size, width, caption_memory_temperature)
         num_heads, mlp_dim = num_attention_heads, round(dim * mlp_ratio)
         self.transformer_blocks = nn.ModuleList(
             [
@@ -1327,6 +1377,13 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 "`caption_pooling`=True needs `cross_attention_dim`: without it the model reads no captions."
             )
+        if config.caption_memory_size is not None and (config.caption_memory_size < 1 or not config.caption_pooling):
+            raise ValueError(
+                f"`caption_memory_size`={config.caption_memory_size} must be at least 1, or None, and needs "
+                "`caption_pooling`=True: the memory is read with the mean of a caption's states."
+            )
+        if not config.caption_memory_temperature > 0:
+            raise ValueError(f"`caption_memory_temperature`={config.caption_memory_temperature} must be above 0.")
         if config.qk_norm not in (None, True, False, *QK_NORMS):
             raise ValueError(
                 f"`qk_norm`={config.qk_norm!r} is unknown. Use one of {', '.join(map(repr, QK_NORMS))}, or None."
@@ -1341,7 +1398,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
         time = self.time_embedding
@@ -1354,6 +1412,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             zeros.append(self.noise_level_embedding.linear_2)
         if self.caption_embedding is not None:
             zeros.append(self.caption_embedding)
+        if self.caption_memory is not None:
+            nn.init.zeros_(self.caption_memory.keys.weight)
+            nn.init.normal_(self.caption_memory.values.weight)  # of a root mean square of 1, as a mean of states
         for linear in zeros:
             nn.init.zeros_(linear.weight)
         for block in self._blocks:
@@ -1387,6 +1448,36 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def has_null_caption(self) -> bool:
         """Whether the model has a learned null caption, for guidance by text."""
         return self.null_caption is not None
+
+    @torch.no_grad()
+    def write_caption_memory(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None, start: int = 0
+    ) -> None:
+        """
+        Sets what captions the memory of a model with `caption_memory_size` holds: the keys of entries `start` and on.
+
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(num_captions, num_text_tokens, caption_channels)`):
+                States of the captions from the text encoder.
+            encoder_attention_mask (`torch.Tensor` of shape `(num_captions, num_text_tokens)`, *optional*):
+                Boolean, True where a token of the text counts.
+            start (`int`, defaults to `0`): entry of the first of them.
+
+        Raises:
+            `ValueError`: if the model has no memory, it does not have that many entries, or a shape does not fit.
+        """
+        count = len(encoder_hidden_states)
+        if self.caption_memory is None:
+            raise ValueError("The model has no memory of captions (`caption_memory_size` is None).")
+        if not 0 <= start <= self.config.caption_memory_size - count:
+            raise ValueError(
+                f"The memory has {self.config.caption_memory_size} entries (`caption_memory_size`), too few for {count} "
+                f"captions from entry `start`={start} on."
+            )
+        self._check_text(_Text(encoder_hidden_states, encoder_attention_mask, None, True), count)
+        keys = self.caption_memory.keys.weight
+        pooled = F.normalize(_pool(encoder_hidden_states, encoder_attention_mask)[:, 0], dim=1)
+        keys[start : start + count] = pooled.to(keys)
 
     @property
     def width_mult(self) -> float:
@@ -1508,7 +1599,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         encoder_attention_mask: torch.Tensor | None = None,
         caption_dropout_mask: torch.Tensor | None = None,
         noise_level: torch.Tensor | float | None = None,
-        caption_noise: torch.Tensor | None = None,
     ) -> DynaDiTTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         r"""
         Args:
@@ -1542,8 +1632,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             noise_level (`torch.Tensor` of shape `(batch_size,)` or `()`, or `float`, *optional*):
                 Of the image among the condition channels, in [0, 1000], in units of `timestep`; needed by a model with
                 `noise_level_conditioning`.
-            caption_noise (`torch.Tensor` of shape `(batch_size, caption_channels)`, *optional*):
-                For training with `caption_pooling`: added to the mean of a caption's states, whose root mean square is 1.
 
         Returns:
             [`DynaDiTTransformer2DModelOutput`] with `sample` of shape `(batch_size, out_channels, height, width)`, or a
@@ -1557,13 +1645,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         timestep = self._prepare_timestep(timestep, batch_size, device)
         labels = self._prepare_class_labels(class_labels, class_dropout_mask, batch_size, device, self.training)
         level = self._prepare_noise_level(noise_level, batch_size, device)
-        text = _Text(
-            encoder_hidden_states,
-            encoder_attention_mask,
-            caption_dropout_mask,
-            self.config.caption_pooling,
-            caption_noise,
-        )
+        text = _Text(encoder_hidden_states, encoder_attention_mask, caption_dropout_mask, self.config.caption_pooling)
         self._check_text(text, batch_size)
         if self.training and self.has_null_caption and text.states is not None and text.dropout_mask is None:
             text.dropout_mask = torch.rand(batch_size, device=device) < self.config.caption_dropout_prob
@@ -1678,7 +1760,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if states is not None:
             if text.is_pooled:
                 states = _pool(states, text.attention_mask)
-                states = states if text.noise is None else states + text.noise.to(states)[:, None]
+                if self.caption_memory is not None:
+                    states = self.caption_memory(states.to(like.device))
             states = states.to(like.device, like.dtype)
         if states is None or text.dropout_mask is not None:
             null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
@@ -1796,6 +1879,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             total += num_keys * 2 * dim * text_dim * config.num_layers
             total += num_keys * (width * text_dim + text_dim**2) if width is not None else 0
             total += config.caption_pooling * text_dim * dim
+            total += 2 * (config.caption_memory_size or 0) * (width or text_dim)
         if masks is None:
             share = self._num_active_groups() / config.num_attention_heads
             blocks = config.num_layers * share * (attn_macs + mlp_macs + sum(cross_macs))
@@ -2016,6 +2100,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             modulations += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
         if self.caption_projection is not None:
             text += [self.caption_projection.linear_1, self.caption_projection.linear_2]
+        if self.caption_memory is not None:
+            text += [self.caption_memory.keys, self.caption_memory.values]
         for block in self._blocks:
             decisions += [*block.group_routers(), block.token_rate]
             modulations.append(block.modulation)
@@ -2270,11 +2356,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     def _check_text(self, text: _Text, batch_size: int) -> None:
         states, attention_mask, dropout_mask = text.states, text.attention_mask, text.dropout_mask
         config = self.config
-        if text.noise is not None and not (config.caption_pooling and states is not None):
-            raise ValueError(
-                "`caption_noise` was given, but there is no mean of a caption's states to add it to. Give "
-                "`encoder_hidden_states` to a model with `caption_pooling`."
-            )
         if config.cross_attention_dim is None:
             names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
             for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
@@ -2302,10 +2383,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 f"`encoder_hidden_states` must have shape ({batch_size}, num_text_tokens, {width}), but it has shape "
                 f"{tuple(states.shape)}."
-            )
-        if text.noise is not None and text.noise.shape != (batch_size, width):
-            raise ValueError(
-                f"`caption_noise` must have shape {(batch_size, width)}, but it has shape {tuple(text.noise.shape)}."
             )
         if attention_mask is None:
             return

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..models import DynaDiTTransformer2DModel
 from .randomness import keyed_uniform
 from .shards import INDEX_NAME, ShardReader, build_shards, hash_identity, hash_weights
 
@@ -185,6 +186,16 @@ class EncodedCaptions:
             states[i, : stop - start] = self.shards.get_slice(shard, "states")[start:stop]
             mask[i, : stop - start] = True
         return states, mask
+
+    def write_to_memory(self, transformer: DynaDiTTransformer2DModel) -> None:
+        """
+        Args:
+            transformer ([`DynaDiTTransformer2DModel`]):
+                With a memory of as many captions as there are distinct ones; has all of them then.
+        """
+        every = list(self.row_of)
+        for start in range(0, len(every), 256):
+            transformer.write_caption_memory(*self.encode(every[start : start + 256]), start=start)
 
     def fingerprint(self) -> str:
         """Changes with the captions of every image, the encoder, the tokenizer and their settings."""

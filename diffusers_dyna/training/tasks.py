@@ -120,28 +120,19 @@ def make_upscaling(
     return prepare
 
 
-def make_captioning(
-    seed: int, device: torch.device, texts: EncodedCaptions, noise_scale: float = 0.0
-) -> Callable[[dict], tuple]:
+def make_captioning(seed: int, device: torch.device, texts: EncodedCaptions) -> Callable[[dict], tuple]:
     """
     Text to image: the condition is the states of one caption of each image. The mask of the tokens is left out where
     nothing is masked.
-
-    With `noise_scale` there is Gaussian noise for the mean of each caption's states, so that captions near it belong to
-    its image too (conditioning augmentation, [arXiv 1612.03242](https://huggingface.co/papers/1612.03242), section 3.1,
-    with a variance that is given instead of learned).
 
     Args:
         seed (`int`): seed of the run.
         device (`torch.device`): where the model is.
         texts ([`EncodedCaptions`]): of the images.
-        noise_scale (`float`, defaults to `0.0`):
-            Standard deviation of the noise, whose unit is the root mean square of that mean. Above 0 only for a model
-            with `caption_pooling`.
 
     Returns:
         `Callable`: from a batch of [`collate_examples`] to samples, `None`, and `encoder_hidden_states` with
-        `encoder_attention_mask` and `caption_noise`.
+        `encoder_attention_mask`.
     """
 
     def prepare(batch: dict) -> tuple[torch.Tensor, None, dict]:
@@ -149,9 +140,6 @@ def make_captioning(
         conditions = {"encoder_hidden_states": states.to(device)}
         if not mask.all():
             conditions["encoder_attention_mask"] = mask.to(device)
-        if noise_scale:
-            noise = keyed_randn(seed, "caption_noise", batch["sample_indices"], (texts.width,))
-            conditions["caption_noise"] = (noise_scale * noise).to(device)
         return batch["pixel_values"].to(device), None, conditions
 
     return prepare
@@ -278,9 +266,7 @@ class ImageTask:
             `Callable` for [`TrainingRun.start`]; `None` where the images are all that the model is given.
         """
         seed, device = self.args.seed, self.run.accelerator.device
-        captioning = None
-        if texts is not None:
-            captioning = make_captioning(seed, device, texts, self.args.caption_noise)
+        captioning = None if texts is None else make_captioning(seed, device, texts)
         if self.args.task == "generate":
             return captioning
         if self.args.task == "inpaint":

@@ -18,6 +18,7 @@ ADDABLE = {
     "cross_attention_dim": {
         "caption_projection",
         "caption_embedding",
+        "caption_memory",
         "null_caption",
         "norm_cross",
         "cross_attn",
@@ -67,7 +68,7 @@ def adapt_transformer(
     changes = {key: value for key, value in config.items() if transformer.config[key] != value}
     free = {"router_mode", *(key for key in ADDABLE if not transformer.config[key])}
     if transformer.config.cross_attention_dim is None and config.get("cross_attention_dim") is not None:
-        free |= {"caption_channels", "caption_dropout_prob", "caption_pooling"}
+        free |= {"caption_channels", "caption_dropout_prob", "caption_pooling", "caption_memory_size"}
         free |= {"num_classes"} if config.get("num_classes", 0) is None else set()
     different = [
         f"`{key}`={transformer.config[key]!r} instead of {value!r}"

@@ -227,24 +227,6 @@ class TestCaptioning:
         _, _, conditions = make_captioning(7, CPU, texts)({**make_batch(), "image_indices": [0, 0, 0]})
         assert set(conditions) == {"encoder_hidden_states"}
 
-    def test_noise_on_the_captions(self, tmp_path):
-        """Gaussian, of the asked deviation, a function of the sample; the states stay as they are."""
-        captions = [["a red square"], ["a blue square"]]
-        texts = build_caption_cache(
-            tmp_path, captions, tiny_text_encoder(8), tiny_tokenizer(["a", "red", "blue", "square"]), Accelerator()
-        )
-        batch = {**make_batch(range(100), size=2), "image_indices": [0, 1] * 50}
-        plain, noisy = (make_captioning(7, CPU, texts, scale)(batch)[2] for scale in (0.0, 2.0))
-        assert noisy.keys() - plain.keys() == {"caption_noise"}
-        assert torch.equal(noisy["encoder_hidden_states"], plain["encoder_hidden_states"])
-        noise = noisy["caption_noise"]
-        assert noise.shape == (100, texts.width)
-        # five deviations of the mean and of the standard deviation of 1600 draws
-        assert abs(noise.mean()) < 5 * 2 / 1600**0.5
-        assert abs(noise.std() - 2) < 5 * 2 / 3200**0.5
-        alone = {**make_batch([42]), "image_indices": [0]}
-        assert torch.equal(make_captioning(7, CPU, texts, 2.0)(alone)[2]["caption_noise"], noise[42:43])
-
     def test_beside_a_low_resolution_image(self):
         """The draws of both parts are those of each alone."""
         batch, states = make_batch(), randn(3, 2, 4)

@@ -147,35 +147,36 @@ class TestTraining:
         output = pipe("one red square", num_inference_steps=20, guidance_scale=2.0, output_compute_ratio=True)
         assert output.compute_ratio == pytest.approx(activity[-1]["compute_ratio"], abs=0.05)
 
-    def test_a_mean_of_the_states_with_noise(self, run_here, options, tmp_path):
-        """Pooling is saved with the model, kept from the weights of a further run, and enough to tell the colours."""
-        run_here(
-            tmp_path / "first",
-            static=True,
-            caption_pooling=True,
-            caption_noise=0.05,
-            max_train_steps=150,
-            learning_rate=5e-3,
-            num_validation_images=0,
-            **options,
-        )
+    @pytest.mark.parametrize("form", ["caption_pooling", "caption_memory"])
+    def test_the_mean_of_the_states(self, run_here, options, tmp_path, form):
+        """It tells the colours, and a further run keeps it, with the memory and the captions that it holds."""
+        training = {"static": True, "learning_rate": 5e-3, "num_validation_images": 0, **options, form: True}
+        run_here(tmp_path / "first", max_train_steps=150, **training)
         pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "first")
+        memory = pipe.transformer.caption_memory
         assert pipe.transformer.config.caption_pooling
+        assert (memory is not None) == (form == "caption_memory")
         pipe.set_progress_bar_config(disable=True)
         generator = [torch.Generator().manual_seed(i) for i in range(3)]
-        options_of_call = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "np"}
-        images = pipe(list(COLORS), generator=generator, **options_of_call).images
+        drawing = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "np"}
+        images = pipe(list(COLORS), generator=generator, **drawing).images
         assert images.mean(axis=(1, 2)).argmax(axis=1).tolist() == [0, 1, 2]
-        run_here(
-            tmp_path / "second",
-            pretrained_model_name_or_path=tmp_path / "first",
-            caption_noise=0.05,
-            max_train_steps=2,
-            num_validation_images=0,
-            **options,
-        )
+        if memory is not None:
+            texts = EncodedCaptions(tmp_path / "first" / "captions", [[caption] for caption in COLORS])
+            assert pipe.transformer.config.caption_memory_size == 9  # three captions of three colours
+            with torch.no_grad():
+                embeds, mask, _, _ = pipe.encode_prompt(["red"], do_classifier_free_guidance=False)
+                assert mask is None and texts.width == 16
+                similarities = memory.keys(torch.nn.functional.normalize(embeds.mean(dim=1), dim=1))
+            assert similarities.max() == pytest.approx(1.0, abs=1e-4)
+
+        del training["text_encoder"], training[form]
+        run_here(tmp_path / "second", max_train_steps=2, pretrained_model_name_or_path=tmp_path / "first", **training)
         second = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "second", subfolder="transformer")
         assert second.config.caption_pooling
+        if memory is not None:
+            assert torch.equal(second.caption_memory.keys.weight, memory.keys.weight)
+            assert not torch.equal(second.caption_memory.values.weight, memory.values.weight)
 
     def test_captions_are_dropped_by_their_samples(self, run_here, options, tmp_path):
         """With all of them dropped, nothing is left but the null caption."""
@@ -572,7 +573,6 @@ class TestBadInput:
             (["--text_encoder", "./no/such"], "`--text_encoder` ./no/such is not a whole text encoder"),
             (["--text_encoder_subfolder", "x", "--pretrained_model_name_or_path", "a/b"], "is for `--text_encoder`"),
             (["--caption_dropout_prob", "2"], "`--caption_dropout_prob` 2.0 must be in [0, 1]"),
-            (["--caption_noise", "-1"], "`--caption_noise` -1.0 must be at least 0"),
             (["--max_sequence_length", "0"], "`--max_sequence_length` 0 must be at least 1"),
             (
                 ["--validation_prompts", "red", "--num_validation_images", "0"],
@@ -600,11 +600,6 @@ class TestBadInput:
             script.parse_args(words)
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
-
-    def test_noise_without_a_mean_to_add_it_to(self, run_here, options, tmp_path):
-        with pytest.raises(ValueError, match="`--caption_noise` is for a model that reads the mean of a caption's"):
-            run_here(tmp_path / "run", caption_noise=0.5, **options)
-        assert not (tmp_path / "run").exists()
 
     def test_nothing_is_written_where_captions_are_missing(self, run_here, encoder, pictures, tmp_path):
         (tmp_path / "data").mkdir()

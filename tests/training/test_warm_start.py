@@ -44,16 +44,19 @@ def test_from_classes_to_inpainting_and_upscaling(router_mode):
         assert_same(model, adapted, inputs, {**inputs, **level, "hidden_states": hidden_states})
 
 
-@pytest.mark.parametrize("caption_pooling", [False, True])
+@pytest.mark.parametrize(
+    "reading", [{}, {"caption_pooling": True}, {"caption_pooling": True, "caption_memory_size": 4}], ids=str
+)
 @pytest.mark.parametrize("router_mode", MODES)
-def test_from_classes_to_captions(router_mode, caption_pooling):
+def test_from_classes_to_captions(router_mode, reading):
     """The outputs are those of the null class, and the routers, which have not heard of it, decide as before."""
     inputs = {**dit_inputs(), "class_labels": torch.full((3,), 5)}
     model = mixed_dyna_dit(inputs, router_mode=router_mode)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    adapted = adapt_transformer(model, {**TEXT, "caption_pooling": caption_pooling}).eval()
+    adapted = adapt_transformer(model, {**TEXT, **reading}).eval()
     assert adapted.class_embedding is None
-    assert (adapted.caption_embedding is not None) == caption_pooling
+    assert (adapted.caption_embedding is not None) == ("caption_pooling" in reading)
+    assert (adapted.caption_memory is not None) == ("caption_memory_size" in reading)
     assert adapted.has_null_caption
     del inputs["class_labels"]
     assert_same(model, adapted, {**inputs, "class_labels": torch.full((3,), 5)}, {**inputs, **captions()})
