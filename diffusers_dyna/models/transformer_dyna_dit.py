@@ -1223,6 +1223,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         caption_dropout_prob (`float`, defaults to `0.1`):
             Share of captions replaced by a learned null caption in training mode, for classifier-free guidance. At 0
             there is none. Without effect on a model without text.
+        noise_level_conditioning (`bool`, defaults to `False`):
+            Whether the noise level of an image among the condition channels is an input of its own, as in cascaded
+            diffusion ([arXiv 2106.15282](https://huggingface.co/papers/2106.15282), section 4). Routers do not see it.
         caption_pooling (`bool`, defaults to `False`):
             Whether the mean of a caption's states, scaled to a root mean square of 1, stands for them, as encoders of
             sentences such as all-MiniLM are trained ([arXiv 1908.10084](https://huggingface.co/papers/1908.10084)). It is
@@ -1233,9 +1236,6 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         caption_memory_temperature (`float`, defaults to `0.005`):
             Of its softmax. Entries whose cosine similarity with a caption is several times this below the largest have no
             part in what it reads.
-        noise_level_conditioning (`bool`, defaults to `False`):
-            Whether the noise level of an image among the condition channels is an input of its own, as in cascaded
-            diffusion ([arXiv 2106.15282](https://huggingface.co/papers/2106.15282), section 4). Routers do not see it.
 
     Raises:
         `ValueError`: where the sizes do not fit together or a mode is unknown.

@@ -566,12 +566,11 @@ def test_pyramid_attention_broadcast_of_the_text_layers():
     torch.testing.assert_close(again, first, **CLOSE)
 
 
-@pytest.mark.parametrize("config", [TEXT, UPSCALE], ids=["text", "noise level"])
+@pytest.mark.parametrize("config", [TEXT, MEMORY, UPSCALE], ids=["text", "memory", "noise level"])
 def test_accelerate_cpu_offload(config):
     """Weights are on the meta device between the calls of their layers, and so is the null caption."""
-    if config is TEXT:
-        arguments = text_inputs(same_time=True)
-    else:
+    arguments = text_inputs(same_time=True)
+    if config is UPSCALE:
         arguments = dit_inputs(same_time=True) | {"hidden_states": randn(3, 8, 8, 8), "noise_level": 20.0}
     model = mixed_dyna_dit(arguments, **config)
     expected = run(model, arguments).sample
