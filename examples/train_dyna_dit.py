@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     task = tasks.ImageTask(run)
     id2label = task.source.id2label
     num_classes = len(id2label) if id2label is not None else None
-    expected = {**task.config, "num_classes": num_classes, "cross_attention_dim": None}
+    expected = {**task.config, "num_classes": num_classes, "cross_attention_dim": None, "caption_pooling": False}
     if args.class_dropout_prob is not None:
         expected["class_dropout_prob"] = args.class_dropout_prob
     transformer = dynamic.make_transformer(args, run.checkpoint, expected)

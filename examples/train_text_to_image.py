@@ -95,17 +95,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="Share of captions dropped, for guidance; in [0, 1]. Default: 0.1, or that of the weights it starts from.",
     )
     group.add_argument(
-        "--caption_pooling",
-        action="store_true",
-        help="The model reads the mean of a caption's states, for encoders of sentences such as all-MiniLM. Default: as "
-        "the weights it starts from, or all states.",
+        "--text_conditioning",
+        choices=dynamic.TEXT_CONDITIONINGS,
+        help="What reads a caption: cross-attention all its states; modulation their mean, which does for encoders of "
+        "sentences such as all-MiniLM and costs next to nothing; or both. Default: as the weights it starts from, or "
+        "cross_attention (with --caption_memory, modulation).",
     )
     group.add_argument(
         "--caption_memory",
         action="store_true",
-        help="The model reads that mean from a memory with a learned entry for each caption of the data, for data of some "
-        "thousand captions at most: it learns faster, and a new caption gets what its nearest ones have. Sets "
-        "--caption_pooling. Default: as the weights it starts from, with their captions, or none.",
+        help="The mean is looked up in a memory with a learned entry for each caption of the data, for data of some "
+        "thousand captions at most: a known caption is learned in fewer steps, and a new one gets a mixture of what its "
+        "nearest ones have. Default: as the weights it starts from, with the captions that they know, or none.",
     )
     arguments.add_budget_arguments(parser)
     arguments.add_objective_arguments(parser)
@@ -135,6 +136,11 @@ def check_arguments(args: argparse.Namespace, defaults: argparse.Namespace) -> N
         raise ValueError(
             "`--coupling ot` is for models of classes or without conditions: every caption is a condition of its own, so "
             "that no two images could change their noise."
+        )
+    if args.caption_memory and args.text_conditioning == "cross_attention":
+        raise ValueError(
+            "`--caption_memory` is read with the mean of a caption's states, but `--text_conditioning cross_attention` has "
+            "none. Use modulation or both."
         )
     arguments.check_task_arguments(args)
     find_text_encoder(args)
@@ -180,8 +186,6 @@ def main(args: argparse.Namespace) -> None:
     expected = {**task.config, "num_classes": None, "caption_channels": text_encoder.config.hidden_size}
     if args.caption_dropout_prob is not None:
         expected["caption_dropout_prob"] = args.caption_dropout_prob
-    if args.caption_pooling or args.caption_memory:
-        expected["caption_pooling"] = True
     if args.caption_memory:
         expected["caption_memory_size"] = len(captions.distinct(task.source.captions))
     transformer = dynamic.make_transformer(args, run.checkpoint, expected, with_text=True)
@@ -193,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator,
         batch_size=args.text_batch_size,
     )
-    if transformer.caption_memory is not None and not transformer.caption_memory.keys.weight.any():
+    if args.caption_memory:
         texts.write_to_memory(transformer)
 
     def make_pipeline(model):

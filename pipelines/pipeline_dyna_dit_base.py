@@ -175,7 +175,7 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             return "upscale"
         if config.condition_channels > 0:
             return "inpaint"
-        return "generate" if config.cross_attention_dim is None else "text-to-image"
+        return "text-to-image" if transformer.takes_text else "generate"
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -521,8 +521,8 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         if width is None:
             if has_prompt or has_negative:
                 raise ValueError(
-                    "`prompt` or one of its kind was given, but the transformer has no text conditioning "
-                    "(`cross_attention_dim` is None). Use a transformer trained on captions."
+                    "`prompt` or one of its kind was given, but the transformer has no text conditioning. Use a "
+                    "transformer trained on captions."
                 )
             if guidance_scale > 1 and (class_labels is None or null_class_label is None):
                 raise ValueError(

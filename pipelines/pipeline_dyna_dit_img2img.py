@@ -62,7 +62,7 @@ class DynaDiTImg2ImgPipeline(DynaDiTPipelineBase):
         vae ([`~diffusers.AutoencoderKL`], *optional*):
             Encodes images, and decodes the latents that the transformer draws. `None` where it draws pixels, in [-1, 1].
         text_encoder ([`~transformers.PreTrainedModel`], *optional*):
-            Text encoder of a transformer with `cross_attention_dim`; see [`DynaDiTTextToImagePipeline`].
+            Text encoder of a transformer that takes text; see [`DynaDiTTextToImagePipeline`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the tokenizer of `text_encoder`.
         id2label (`dict[int, str]`, *optional*):
             Name of each class, saved with the pipeline. Several names of one class are separated by commas.

@@ -34,7 +34,7 @@ EXAMPLE_DOC_STRING = """
 
 class DynaDiTTextToImagePipeline(DynaDiTPipelineBase):
     r"""
-    Pipeline for text-to-image generation by a [`DynaDiTTransformer2DModel`] with `cross_attention_dim`, on the latents
+    Pipeline for text-to-image generation by a [`DynaDiTTransformer2DModel`] that takes text, on the latents
     of a VAE or on pixels. LoRA weights are loaded by `load_lora_weights` and saved by `save_lora_weights`.
 
     Its `guidance_scale` is 4.5 by default, as in diffusers' PixArt and Sana pipelines. Those of the family that also take

@@ -78,6 +78,9 @@ def randomize_dit_(model: DynaDiTTransformer2DModel, seed: int = 0) -> DynaDiTTr
         parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
 
     with torch.no_grad():
+        if model.caption_memory is not None:
+            keys = torch.randn(model.caption_memory.keys.shape, generator=generator)
+            model.caption_memory.keys.copy_(torch.nn.functional.normalize(keys, dim=1))
         for name, parameter in model.named_parameters():
             if name.endswith(("norm_q.weight", "norm_k.weight")):
                 draw(parameter, 1.0, 0.3)

@@ -228,27 +228,32 @@ class DynaQKVLinear(DynaLinear):
 
 
 class DynaFloat32Linear(nn.Linear):
-    """A Linear that computes in float32 whatever its weights, its input and autocast say: decisions hang on it."""
+    """
+    A Linear that computes in float32 whatever its weights, its input and autocast say: where decisions hang on it, or all
+    blocks do.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Block-wise offloading leaves a router behind when the decisions of all blocks are taken at once.
-        weight, bias = (
-            None if tensor is None else tensor.to(input.device, torch.float32) for tensor in (self.weight, self.bias)
-        )
-        input = input.float()
-        if not torch.is_autocast_enabled(input.device.type):
-            return _linear(input, weight, bias)
-        with torch.autocast(input.device.type, enabled=False):
-            return _linear(input, weight, bias)
+        return _linear_in_float32(input, self.weight, self.bias)
+
+
+def _linear_in_float32(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    # Block-wise offloading leaves a router behind when the decisions of all blocks are taken at once.
+    weight, bias = (None if tensor is None else tensor.to(input.device, torch.float32) for tensor in (weight, bias))
+    input = input.float()
+    if not torch.is_autocast_enabled(input.device.type):
+        return _linear(input, weight, bias)
+    with torch.autocast(input.device.type, enabled=False):
+        return _linear(input, weight, bias)
 
 
 class DynaTimestepEmbedding(nn.Module):
     """
-    Linear, SiLU, Linear on the sinusoidal features of the time: [`~diffusers.models.embeddings.TimestepEmbedding`] in
-    float32.
+    Linear, SiLU, Linear: [`~diffusers.models.embeddings.TimestepEmbedding`] in float32, of the sinusoidal features of a
+    time or a noise level, or of a whole caption.
 
     Args:
-        in_channels (`int`): sinusoidal features.
+        in_channels (`int`): features.
         time_embed_dim (`int`): width of the embedding.
     """
 
@@ -263,22 +268,26 @@ class DynaTimestepEmbedding(nn.Module):
 
 class DynaCaptionMemory(nn.Module):
     """
-    A memory of captions: what was learned for the captions that are most like the given one stands for it. This is
-    attention with fixed keys, the captions of the data, and learned values (Hopfield layer,
-    [arXiv 2008.02217](https://huggingface.co/papers/2008.02217), section 4), so that a small set of captions does for a model
-    what retrieval does in semi-parametric diffusion ([arXiv 2204.11824](https://huggingface.co/papers/2204.11824)).
+    A memory of captions, of those that a model was trained on: attention with fixed keys, the captions, and learned values
+    (Hopfield layer, [arXiv 2008.02217](https://huggingface.co/papers/2008.02217), section 4). At a low temperature a caption
+    that it holds reads the value of its own entry, and any other one a mixture of the values of those that are most like
+    it, as semi-parametric diffusion ([arXiv 2204.11824](https://huggingface.co/papers/2204.11824)) is given retrieved
+    examples. Before its keys are set, every caption reads the mean of the values.
 
     Args:
         num_entries (`int`): captions that it holds.
         width (`int`): of a caption.
-        temperature (`float`):
-            Of the softmax over cosine similarities. Towards 0 a caption gets the value of the most similar entry alone.
+        temperature (`float`): of the softmax over cosine similarities.
+
+    Attributes:
+        keys (`torch.Tensor` of shape `(num_entries, width)`):
+            The captions, of length 1. A buffer: neither training nor an adapter changes it.
     """
 
     def __init__(self, num_entries: int, width: int, temperature: float):
         super().__init__()
         self.temperature = temperature
-        self.keys = DynaFloat32Linear(width, num_entries, bias=False).requires_grad_(False)
+        self.register_buffer("keys", torch.zeros(num_entries, width))
         self.values = DynaFloat32Linear(num_entries, width, bias=False)
 
     def forward(self, captions: torch.Tensor) -> torch.Tensor:
@@ -289,7 +298,8 @@ class DynaCaptionMemory(nn.Module):
         Returns:
             `torch.Tensor` of the shape of `captions`, float32.
         """
-        similarities = self.keys(F.normalize(captions.float(), dim=-1))
+        # In bfloat16 similarities that differ by less than a usual temperature are one.
+        similarities = _linear_in_float32(F.normalize(captions.float(), dim=-1), self.keys)
         return self.values(torch.softmax(similarities / self.temperature, dim=-1))
 
 
@@ -686,20 +696,20 @@ class _Text:
     states: torch.Tensor | None  # (B, L, caption_channels)
     attention_mask: torch.Tensor | None  # (B, L)
     dropout_mask: torch.Tensor | None  # (B,)
-    is_pooled: bool = False  # the model reads the mean of the states
+    is_pooled: bool = False  # the model reads the mean of the states, which hangs on the mask
 
     @property
     def length(self) -> int:
-        return 1 if self.states is None or self.is_pooled else self.states.shape[1]
+        return 1 if self.states is None else self.states.shape[1]
 
     @property
     def sources(self) -> tuple[torch.Tensor | None, ...]:
-        """What keys and values are made of."""
+        """What is prepared from a text is made of these."""
         return (self.states, self.dropout_mask, *((self.attention_mask,) if self.is_pooled else ()))
 
     def key_mask(self, device: torch.device) -> torch.Tensor | None:
         """False where a token is left out, (B, 1, 1, L)."""
-        if self.attention_mask is None or self.is_pooled:
+        if self.attention_mask is None:
             return None
         mask = self.attention_mask.to(device)
         if self.dropout_mask is not None:  # all tokens of the null caption are the same, and there must be one
@@ -707,7 +717,7 @@ class _Text:
         return mask[:, None, None]
 
     def is_part_of(self, other: "_Text") -> bool:
-        """Whether keys and values are made of the memory that another text's are: all of it, or the leading samples."""
+        """Whether it is the memory that another text is: all of it, or the leading samples."""
         for tensor, whole in zip(self.sources, other.sources, strict=True):
             if tensor is None or whole is None:
                 if tensor is not whole:
@@ -723,12 +733,15 @@ class _Text:
 
 
 def _pool(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of the states (B, L, C) that the mask (B, L) leaves, of root mean square 1: (B, 1, C), float32."""
+    """
+    The mean of the states (B, L, C) that the mask (B, L) leaves, scaled to a root mean square of 1: (B, C), float32. It is
+    0 where nothing is left.
+    """
     states = states.float()
     if mask is not None:
         states = states * mask.to(states)[..., None]
     # The sum has the direction of the mean.
-    return F.normalize(states.sum(dim=1, keepdim=True), dim=2) * states.shape[2] ** 0.5
+    return F.normalize(states.sum(dim=1), dim=1) * states.shape[2] ** 0.5
 
 
 @dataclass
@@ -1216,10 +1229,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         condition_channels (`int`, defaults to `0`):
             Channels of the input after those of the noisy sample: a mask, a masked or a small image.
         cross_attention_dim (`int`, *optional*):
-            Width of the text states that the keys and values of cross-attention are made of. `None` has no text.
+            Width of the text states that the keys and values of cross-attention are made of. `None` has no
+            cross-attention.
         caption_channels (`int`, *optional*):
-            Width of `encoder_hidden_states`, that of the text encoder; Linear, GELU (tanh), Linear project them to
-            `cross_attention_dim`. `None` where they have that width already.
+            Width of `encoder_hidden_states`, that of the text encoder; for cross-attention Linear, GELU (tanh), Linear
+            project them to `cross_attention_dim`. `None` where they have that width already.
         caption_dropout_prob (`float`, defaults to `0.1`):
             Share of captions replaced by a learned null caption in training mode, for classifier-free guidance. At 0
             there is none. Without effect on a model without text.
@@ -1227,12 +1241,14 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             Whether the noise level of an image among the condition channels is an input of its own, as in cascaded
             diffusion ([arXiv 2106.15282](https://huggingface.co/papers/2106.15282), section 4). Routers do not see it.
         caption_pooling (`bool`, defaults to `False`):
-            Whether the mean of a caption's states, scaled to a root mean square of 1, stands for them, as encoders of
-            sentences such as all-MiniLM are trained ([arXiv 1908.10084](https://huggingface.co/papers/1908.10084)). It is
-            the one token that cross-attention reads, and modulates the blocks with time and class.
+            Whether a caption as a whole modulates the blocks, as time and class do: the mean of its states, scaled to a
+            root mean square of 1, through Linear, SiLU, Linear. With `cross_attention_dim` too, as the pooled text of
+            Stable Diffusion 3 ([arXiv 2403.03206](https://huggingface.co/papers/2403.03206), section 4); without it the
+            mean is all that is read, for encoders of sentences such as all-MiniLM, which are trained by it
+            ([arXiv 1908.10084](https://huggingface.co/papers/1908.10084)). Routers do not see it.
         caption_memory_size (`int`, *optional*):
-            Entries of a [`DynaCaptionMemory`] that the mean of the states is read from, for models of few captions, whose
-            pictures of new captions are otherwise blends of known ones; see [`write_caption_memory`]. `None` has none.
+            Entries of a [`DynaCaptionMemory`] that stands between that mean and the model, for data of few captions; its
+            keys are set by [`write_caption_memory`]. Negative prompts are looked up in it too. `None` has none.
         caption_memory_temperature (`float`, defaults to `0.005`):
             Of its softmax. Entries whose cosine similarity with a caption is several times this below the largest have no
             part in what it reads.
@@ -1249,6 +1265,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         "time_embedding",
         "class_embedding",
         "noise_level_embedding",
+        "caption_embedding",
         "caption_memory",
         *_router_modules,
     ]
@@ -1302,16 +1319,15 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             self.class_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
         self.noise_level_embedding = DynaTimestepEmbedding(256, dim) if noise_level_conditioning else None
         self.null_caption = self.caption_projection = self.caption_embedding = self.caption_memory = None
-        if cross_attention_dim is not None:
-            if caption_dropout_prob > 0:
-                self.null_caption = nn.Embedding(1, caption_channels or cross_attention_dim)
-            if caption_channels is not None:
-                self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
-            if caption_pooling:
-                self.caption_embedding = DynaDenseLinear(cross_attention_dim, dim)
-            if caption_memory_size is not None:
-                width = caption_channels or cross_attention_dim
-                self.caption_memory = DynaCaptionMemory(caption_memory_size, width, caption_memory_temperature)
+        text_width = caption_channels or cross_attention_dim
+        if self.takes_text and caption_dropout_prob > 0:
+            self.null_caption = nn.Embedding(1, text_width)
+        if cross_attention_dim is not None and caption_channels is not None:
+            self.caption_projection = PixArtAlphaTextProjection(caption_channels, cross_attention_dim)
+        if caption_pooling:
+            self.caption_embedding = DynaTimestepEmbedding(text_width, dim)
+        if caption_memory_size is not None:
+            self.caption_memory = DynaCaptionMemory(caption_memory_size, text_width, caption_memory_temperature)
         num_heads, mlp_dim = num_attention_heads, round(dim * mlp_ratio)
         self.transformer_blocks = nn.ModuleList(
             [
@@ -1368,14 +1384,14 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         for name in ("cross_attention_dim", "caption_channels"):
             if config[name] is not None and config[name] < 1:
                 raise ValueError(f"`{name}`={config[name]} must be at least 1, or None.")
-        if config.caption_channels is not None and config.cross_attention_dim is None:
+        if config.caption_channels is not None and not self.takes_text:
             raise ValueError(
                 f"`caption_channels`={config.caption_channels} needs `cross_attention_dim`, the width that captions are "
-                "projected to."
+                "projected to, or `caption_pooling`=True."
             )
-        if config.caption_pooling and config.cross_attention_dim is None:
+        if config.caption_pooling and config.caption_channels is None and config.cross_attention_dim is None:
             raise ValueError(
-                "`caption_pooling`=True needs `cross_attention_dim`: without it the model reads no captions."
+                "`caption_pooling`=True needs `caption_channels`, the width of the text encoder's states."
             )
         if config.caption_memory_size is not None and (config.caption_memory_size < 1 or not config.caption_pooling):
             raise ValueError(
@@ -1410,10 +1426,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         zeros += [block.cross_attn.to_out[0] for block in self._blocks if block.has_text]
         if self.noise_level_embedding is not None:
             zeros.append(self.noise_level_embedding.linear_2)
-        if self.caption_embedding is not None:
-            zeros.append(self.caption_embedding)
         if self.caption_memory is not None:
-            nn.init.zeros_(self.caption_memory.keys.weight)
             nn.init.normal_(self.caption_memory.values.weight)  # of a root mean square of 1, as a mean of states
         for linear in zeros:
             nn.init.zeros_(linear.weight)
@@ -1445,6 +1458,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
 
     @property
+    def takes_text(self) -> bool:
+        """Whether the model reads captions: by cross-attention, by modulation, or both."""
+        return self.config.cross_attention_dim is not None or self.config.caption_pooling
+
+    @property
     def has_null_caption(self) -> bool:
         """Whether the model has a learned null caption, for guidance by text."""
         return self.null_caption is not None
@@ -1464,20 +1482,28 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             start (`int`, defaults to `0`): entry of the first of them.
 
         Raises:
-            `ValueError`: if the model has no memory, it does not have that many entries, or a shape does not fit.
+            `ValueError`: if the model has no memory, it does not have that many entries or is not here to be written
+                (offloaded), or a shape or value does not fit.
         """
         count = len(encoder_hidden_states)
         if self.caption_memory is None:
             raise ValueError("The model has no memory of captions (`caption_memory_size` is None).")
         if not 0 <= start <= self.config.caption_memory_size - count:
             raise ValueError(
-                f"The memory has {self.config.caption_memory_size} entries (`caption_memory_size`), too few for {count} "
-                f"captions from entry `start`={start} on."
+                f"`start`={start} must be at least 0 and leave room for {count} captions among the "
+                f"{self.config.caption_memory_size} entries of the memory (`caption_memory_size`)."
             )
-        self._check_text(_Text(encoder_hidden_states, encoder_attention_mask, None, True), count)
-        keys = self.caption_memory.keys.weight
-        pooled = F.normalize(_pool(encoder_hidden_states, encoder_attention_mask)[:, 0], dim=1)
-        keys[start : start + count] = pooled.to(keys)
+        self._check_text(_Text(encoder_hidden_states, encoder_attention_mask, None), count, "captions")
+        keys = self.caption_memory.keys
+        if keys.is_meta:
+            raise ValueError(
+                "The memory is on the meta device, as under offloading. Write to it before `cpu_offload`."
+            )
+        captions = _pool(encoder_hidden_states, encoder_attention_mask)
+        if not (captions.isfinite().all() and captions.any(dim=1).all()):
+            raise ValueError("`encoder_hidden_states` must be finite, and their mean must not be 0.")
+        self.clear_plan()
+        keys[start : start + count] = F.normalize(captions, dim=1).to(keys)
 
     @property
     def width_mult(self) -> float:
@@ -1619,7 +1645,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
                 `class_dropout_prob` in training mode and drops nothing in evaluation mode.
             gate_noise (`torch.Tensor` of shape `(batch_size, num_layers, gate_noise_size)`, *optional*):
                 Uniform numbers in (0, 1) for the gates of `router_mode="threshold"` in training mode, heads first, then
-                channel groups, then, in a text model, heads that attend to it, then tokens: [`gate_noise_size`] =
+                channel groups, then, with cross-attention, heads of that, then tokens: [`gate_noise_size`] =
                 2 or 3 * (`num_attention_heads` - 1) + number of tokens. `None` draws them.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, num_text_tokens, caption_channels)`, *optional*):
                 States of the captions from the text encoder; of width `cross_attention_dim` where `caption_channels` is
@@ -1650,29 +1676,26 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if self.training and self.has_null_caption and text.states is not None and text.dropout_mask is None:
             text.dropout_mask = torch.rand(batch_size, device=device) < self.config.caption_dropout_prob
 
-        # 1. Patches, time, class, noise level and, where it is one token, the caption
+        # 1. Patches, time, and what is left out
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         temb = self._embed_time(timestep)
-        embedding = self._add_conditions(temb, labels, level)
-        caption = None
-        if self.caption_embedding is not None:
-            caption = self._project_text(text, batch_size, hidden_states)
-            embedding = embedding + self.caption_embedding(caption[:, 0]).to(embedding)
-        conditioning = F.silu(embedding).to(dtype)
-
-        # 2. What is left out, and what is prepared
         call = self._prepare_call(temb, timestep, complete_model, output_masks, gate_noise)
+
+        # 2. Class, noise level and text, as far as they were not prepared
         if call.step is not None:
             given_labels = class_labels if class_dropout_mask is None else None
             call.modulations = self._find_modulations(call.step, given_labels, labels, batch_size, noise_level)
+        caption = None
+        if call.form == "skipping" and self.takes_text:
+            caption, call.keys_values = self._find_text(text, batch_size)
+        if self.config.caption_pooling and caption is None:
+            caption = self._embed_caption(text, batch_size, device)
         if self.config.cross_attention_dim is not None:
-            if call.form == "skipping":
-                call.keys_values = self._find_keys_values(text, batch_size)
             if call.keys_values is None:
-                call.text = caption
-                if caption is None:
-                    call.text = self._project_text(text, batch_size, hidden_states)
+                call.text = self._project_text(text, batch_size, hidden_states)
             call.text_mask = text.key_mask(device)
+        embedding = self._add_conditions(temb, labels, level, caption)
+        conditioning = F.silu(embedding).to(dtype)
 
         # 3. Blocks
         for block in self.transformer_blocks:
@@ -1746,30 +1769,40 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """The time embedding, which is all that the routers see; float32, (B, D)."""
         return self.time_embedding(self.time_proj(self.config.timestep_scale * timestep + self.config.timestep_shift))
 
-    def _add_conditions(self, temb: torch.Tensor, labels, noise_level) -> torch.Tensor:
-        """The time embedding plus those of class and noise level, float32."""
+    def _add_conditions(self, temb: torch.Tensor, labels, noise_level, caption=None) -> torch.Tensor:
+        """The time embedding plus those of class, noise level and caption, float32; the last is one already."""
         if labels is not None:
             temb = temb + self.class_embedding(labels).to(temb)
         if noise_level is not None:
             temb = temb + self.noise_level_embedding(self.time_proj(noise_level))
+        if caption is not None:
+            temb = temb + caption
         return temb
 
     def _project_text(self, text: _Text, batch_size: int, like: torch.Tensor) -> torch.Tensor:
         """What keys and values are made of, (B, L, cross_attention_dim), in the dtype and on the device of `like`."""
-        states = text.states
-        if states is not None:
-            if text.is_pooled:
-                states = _pool(states, text.attention_mask)
-                if self.caption_memory is not None:
-                    states = self.caption_memory(states.to(like.device))
-            states = states.to(like.device, like.dtype)
-        if states is None or text.dropout_mask is not None:
-            null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
-            if states is None:
-                states = null.expand(batch_size, -1, -1)
-            else:
-                states = torch.where(text.dropout_mask.to(like.device)[:, None, None], null, states)
+        states = None if text.states is None else text.states.to(like.device, like.dtype)
+        states = self._insert_null(states, text, batch_size, like)
         return states if self.caption_projection is None else self.caption_projection(states)
+
+    def _embed_caption(self, text: _Text, batch_size: int, device: torch.device) -> torch.Tensor:
+        """The embedding of each caption as a whole, (B, D), float32."""
+        states = None
+        if text.states is not None:
+            states = _pool(text.states, text.attention_mask).to(device)[:, None]
+            if self.caption_memory is not None:
+                states = self.caption_memory(states)
+        states = self._insert_null(states, text, batch_size, torch.empty(0, device=device))
+        return self.caption_embedding(states[:, 0])
+
+    def _insert_null(self, states, text: _Text, batch_size: int, like: torch.Tensor) -> torch.Tensor:
+        """States (B, L, C), those of the null caption where a caption is dropped; for all, of one token, without any."""
+        if states is not None and text.dropout_mask is None:
+            return states
+        null = self.null_caption(torch.zeros(1, 1, dtype=torch.long, device=like.device)).to(like.dtype)
+        if states is None:
+            return null.expand(batch_size, -1, -1)
+        return torch.where(text.dropout_mask.to(like.device)[:, None, None], null, states)
 
     def _prepare_call(self, temb, timestep, complete_model: bool, output_masks: bool, gate_noise) -> _Call:
         """The form of a call and, where it skips, the decisions of all blocks."""
@@ -1857,7 +1890,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             masks ([`DynaDiTTransformer2DModelOutput`], *optional*):
                 Output with masks of a dynamic call, over whose samples the mean is taken; the total is that of the
                 skipping form. `None` is a call with `complete_model=True`, at the current width.
-            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
+            num_text_tokens (`int`, *optional*): length of the text, which a model with cross-attention needs.
 
         Returns:
             `dict` with `"blocks"` and `"total"`.
@@ -1875,11 +1908,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         total += config.noise_level_conditioning * (256 * dim + dim**2)
         if cross_macs:
             text_dim, width = config.cross_attention_dim, config.caption_channels
-            num_keys = 1 if config.caption_pooling else num_text_tokens
-            total += num_keys * 2 * dim * text_dim * config.num_layers
-            total += num_keys * (width * text_dim + text_dim**2) if width is not None else 0
-            total += config.caption_pooling * text_dim * dim
-            total += 2 * (config.caption_memory_size or 0) * (width or text_dim)
+            total += num_text_tokens * 2 * dim * text_dim * config.num_layers
+            total += num_text_tokens * (width * text_dim + text_dim**2) if width is not None else 0
+        if config.caption_pooling:
+            width = config.caption_channels or config.cross_attention_dim
+            total += width * dim + dim**2 + 2 * (config.caption_memory_size or 0) * width
         if masks is None:
             share = self._num_active_groups() / config.num_attention_heads
             blocks = config.num_layers * share * (attn_macs + mlp_macs + sum(cross_macs))
@@ -1916,7 +1949,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         Args:
             timesteps (`torch.Tensor` of shape `(num_timesteps,)`): times.
             sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
-            num_text_tokens (`int`, *optional*): length of the text, which a text model needs.
+            num_text_tokens (`int`, *optional*): length of the text, which a model with cross-attention needs.
 
         Returns:
             `torch.Tensor` of shape `(num_timesteps,)`: without gradients, at the current width.
@@ -1947,7 +1980,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
     def _block_macs(self, num_tokens: int, num_text_tokens: int | None) -> tuple[int, ...]:
         """
-        Multiply-accumulates of one complete block: attention (score products included), MLP and, of a text model,
+        Multiply-accumulates of one complete block: attention (score products included), MLP and, where there is one,
         attention to the text without its keys and values, which a trajectory computes once.
         """
         dim = self.config.num_attention_heads * self.config.attention_head_dim
@@ -1959,8 +1992,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             raise ValueError(
                 "`num_text_tokens` must be given: what attention to the text costs hangs on the text's length."
             )
-        num_keys = 1 if self.config.caption_pooling else num_text_tokens
-        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_keys * dim
+        return attn_macs, mlp_macs, 2 * num_tokens * dim**2 + 2 * num_tokens * num_text_tokens * dim
 
     def _num_tokens(self, sample_size: int | tuple[int, int] | None) -> int:
         sample_size = self.config.sample_size if sample_size is None else sample_size
@@ -2006,8 +2038,8 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
-        for every pair of timestep and label, the keys and values of the text, and memory for each layer's cut weights,
-        in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
+        for every pair of timestep and label (not where captions modulate), the keys and values of the text or its embedding
+        as a whole, and memory for each layer's cut weights, in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
         level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds;
         free it with [`clear_plan`]. It belongs to one thread and one stream.
 
@@ -2048,7 +2080,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         temb = self._embed_time(times)
         plan = _Plan(times.tolist(), self._decide_steps(temb), _CutWeights(max_plan_bytes))
         self._prepare_modulations(plan, temb, class_labels, noise_level)
-        self._prepare_keys_values(plan, text, device)
+        self._prepare_text(plan, text, device)
         plan.cut_weights.admit(self._count_slots(plan))
         plan.signature = self._plan_signature(plan)
         self._plan = plan
@@ -2093,15 +2125,17 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         return {**super().__getstate__(), "_plan": None}
 
     def _sources(self) -> dict[str, list[nn.Module]]:
-        """The layers that what is prepared is computed from: decisions, modulations, keys and values of the text."""
+        """The layers that what is prepared is computed from: decisions, modulations, text."""
         decisions = [self.time_embedding.linear_1, self.time_embedding.linear_2]
         modulations, text = [self.class_embedding], [self.null_caption]
         if self.noise_level_embedding is not None:
             modulations += [self.noise_level_embedding.linear_1, self.noise_level_embedding.linear_2]
         if self.caption_projection is not None:
             text += [self.caption_projection.linear_1, self.caption_projection.linear_2]
+        if self.caption_embedding is not None:
+            text += [self.caption_embedding.linear_1, self.caption_embedding.linear_2]
         if self.caption_memory is not None:
-            text += [self.caption_memory.keys, self.caption_memory.values]
+            text.append(self.caption_memory.values)
         for block in self._blocks:
             decisions += [*block.group_routers(), block.token_rate]
             modulations.append(block.modulation)
@@ -2114,7 +2148,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """Whether modulations or text hang on nothing but the weights of their layers, whose changes the plan sees."""
         return (
             all(map(_is_plain, self._sources()[kind]))
-            and not any(map(_has_hooks, (self.caption_projection, *self._blocks)))
+            and not any(map(_has_hooks, (self.caption_projection, self.caption_memory, *self._blocks)))
             and not torch.is_autocast_enabled(device.type)
         )
 
@@ -2158,9 +2192,9 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             plan.label_rows = labels.new_full((self.class_embedding.num_embeddings,), -1, dtype=torch.long)
             plan.label_rows[labels] = torch.arange(len(labels), device=labels.device)
 
-    def _prepare_keys_values(self, plan: "_Plan", text: _Text, device: torch.device) -> None:
-        """Keys and values of the text, all heads, if they can be prepared and fit."""
-        if self.config.cross_attention_dim is None or (text.states is None and not self.has_null_caption):
+    def _prepare_text(self, plan: "_Plan", text: _Text, device: torch.device) -> None:
+        """The embedding of the captions, and their keys and values for all heads, if they can be prepared and fit."""
+        if not self.takes_text or (text.states is None and not self.has_null_caption):
             return
         # What was made in inference mode does not tell when it is written to.
         if any(tensor is not None and tensor.is_inference() for tensor in text.sources):
@@ -2168,13 +2202,20 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if not self._can_prepare("text", device):
             return
         batch_size = 1 if text.states is None else len(text.states)
-        dtype = self._blocks[0].cross_attn.to_kv.weight.dtype
-        width = sum(block.cross_attn.to_kv.out_features for block in self._blocks)
-        if not plan.cut_weights.take(batch_size * text.length * width * dtype.itemsize):
+        with_keys, with_caption = self.config.cross_attention_dim is not None, self.config.caption_pooling
+        num_bytes = with_caption * batch_size * self.time_embedding.linear_2.out_features * 4
+        if with_keys:
+            dtype = self._blocks[0].cross_attn.to_kv.weight.dtype
+            width = sum(block.cross_attn.to_kv.out_features for block in self._blocks)
+            num_bytes += batch_size * text.length * width * dtype.itemsize
+        if not plan.cut_weights.take(num_bytes):
             return
-        states = self._project_text(text, batch_size, torch.empty(0, dtype=dtype, device=device))
-        every = tuple(range(self.config.num_attention_heads))  # whatever the width
-        plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in self._blocks]
+        if with_caption:
+            plan.caption = self._embed_caption(text, batch_size, device)
+        if with_keys:
+            states = self._project_text(text, batch_size, torch.empty(0, dtype=dtype, device=device))
+            every = tuple(range(self.config.num_attention_heads))  # whatever the width
+            plan.keys_values = [block.cross_attn.keys_and_values(states, every) for block in self._blocks]
         plan.text, plan.text_signature = text, _signature(text.sources)
 
     def _count_slots(self, plan: "_Plan") -> dict[DynaLinear, int]:
@@ -2202,9 +2243,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         layers = sources["decisions"]
         if plan.modulations:
             layers += sources["modulations"]
-        if plan.keys_values:
+        if plan.text is not None:
             layers += sources["text"]
         tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
+        if plan.caption is not None and self.caption_memory is not None:
+            tensors.append(self.caption_memory.keys)
         modes = tuple(block.router_mode for block in self._blocks)
         return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
 
@@ -2240,16 +2283,21 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             is_prepared = class_labels is plan.class_labels and _signature([class_labels]) == plan.label_signature
         return [modulation[step][rows] for modulation in plan.modulations] if is_prepared else None
 
-    def _find_keys_values(self, text: _Text, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """What was prepared for a text, which is found by its memory."""
+    def _find_text(self, text: _Text, batch_size: int) -> tuple[torch.Tensor | None, list | None]:
+        """What was prepared for a text, which is found by its memory: its embedding, its keys and values."""
         plan = self._plan
-        if plan is None or not plan.keys_values or not text.is_part_of(plan.text):
-            return None
+        if plan is None or plan.text is None or not text.is_part_of(plan.text):
+            return None, None
         if _signature(plan.text.sources) != plan.text_signature:
-            return None
-        if text.states is None:  # the null caption for all
-            return [tuple(states.expand(batch_size, -1, -1, -1) for states in pair) for pair in plan.keys_values]
-        return [tuple(states[:batch_size] for states in pair) for pair in plan.keys_values]
+            return None, None
+
+        def take(states):
+            if text.states is None:  # the null caption for all
+                return states.expand(batch_size, *states.shape[1:])
+            return states[:batch_size]
+
+        caption = None if plan.caption is None else take(plan.caption)
+        return caption, [tuple(map(take, pair)) for pair in plan.keys_values] or None
 
     # Checks of what is given
 
@@ -2353,15 +2401,15 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             class_labels = torch.where(dropout_mask.to(device), null_label, class_labels)
         return class_labels
 
-    def _check_text(self, text: _Text, batch_size: int) -> None:
+    def _check_text(self, text: _Text, batch_size: int, rows: str = "samples") -> None:
         states, attention_mask, dropout_mask = text.states, text.attention_mask, text.dropout_mask
-        config = self.config
-        if config.cross_attention_dim is None:
+        if not self.takes_text:
             names = ("encoder_hidden_states", "encoder_attention_mask", "caption_dropout_mask")
             for name, tensor in zip(names, (states, attention_mask, dropout_mask), strict=True):
                 if tensor is not None:
                     raise ValueError(
-                        f"`{name}` was given, but the model takes no text (`cross_attention_dim` is None)."
+                        f"`{name}` was given, but the model takes no text (it has neither `cross_attention_dim` nor "
+                        "`caption_pooling`)."
                     )
             return
         if dropout_mask is not None:
@@ -2378,7 +2426,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if attention_mask is not None:
                 raise ValueError("`encoder_attention_mask` was given without `encoder_hidden_states`.")
             return
-        width = config.caption_channels or config.cross_attention_dim
+        width = self.config.caption_channels or self.config.cross_attention_dim
         if states.ndim != 3 or len(states) != batch_size or states.shape[1] < 1 or states.shape[2] != width:
             raise ValueError(
                 f"`encoder_hidden_states` must have shape ({batch_size}, num_text_tokens, {width}), but it has shape "
@@ -2393,9 +2441,10 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
             if dropout_mask is not None:
                 is_empty &= ~dropout_mask.cpu()
             if bool(is_empty.any()):
+                advice = " Drop their captions by `caption_dropout_mask`." if self.has_null_caption else ""
                 raise ValueError(
-                    f"`encoder_attention_mask` leaves nothing of the texts of the samples "
-                    f"{is_empty.nonzero().squeeze(1).tolist()}. Drop their captions by `caption_dropout_mask`."
+                    f"`encoder_attention_mask` leaves nothing of the texts of the {rows} "
+                    f"{is_empty.nonzero().squeeze(1).tolist()}.{advice if rows == 'samples' else ''}"
                 )
 
 
@@ -2615,8 +2664,9 @@ class _Plan:
     modulations: list[torch.Tensor] = field(default_factory=list)  # by layer, (S, num_labels, 6, D)
     noise_level: float | None = None
     step: int | None = None
-    text: _Text | None = None  # that keys and values were made of
+    text: _Text | None = None  # that caption, keys and values were made of
     text_signature: tuple = ()
+    caption: torch.Tensor | None = None  # (B, D), embedded
     keys_values: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # by layer
 
 

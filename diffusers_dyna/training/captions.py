@@ -192,10 +192,20 @@ class EncodedCaptions:
         Args:
             transformer ([`DynaDiTTransformer2DModel`]):
                 With a memory of as many captions as there are distinct ones; has all of them then.
+
+        Raises:
+            `ValueError`: if it has other captions already, which its values were learned for.
         """
-        every = list(self.row_of)
+        every, keys = list(self.row_of), transformer.caption_memory.keys
+        before = keys.clone()
         for start in range(0, len(every), 256):
             transformer.write_caption_memory(*self.encode(every[start : start + 256]), start=start)
+        if before.any() and not torch.allclose(before, keys, atol=1e-3):
+            keys.copy_(before)
+            raise ValueError(
+                "`transformer` has a memory of other captions than those of the data, or in another order. Leave "
+                "`--caption_memory` out to train on with the captions that it has."
+            )
 
     def fingerprint(self) -> str:
         """Changes with the captions of every image, the encoder, the tokenizer and their settings."""

@@ -20,6 +20,7 @@ from .run import NoisyBatch, TrainingRun
 from .warm_start import adapt_transformer, load_transformer
 
 
+TEXT_CONDITIONINGS = ("cross_attention", "modulation", "both")
 NUM_ACTIVITY_IMAGES, NUM_ACTIVITY_TIMES = 8, 20
 
 
@@ -34,8 +35,9 @@ def make_transformer(
         checkpoint (`Path`, *optional*): what the run continues from.
         expected (`dict`): what data and task ask of its config.
         with_text (`bool`, defaults to `False`):
-            Whether it reads captions: `cross_attention_dim` is that of `args`, or of the weights to start from, or the
-            width of the model.
+            Whether it reads captions: as `args.text_conditioning` says, else as the weights to start from, else by
+            modulation with `args.caption_memory` and by cross-attention without. `cross_attention_dim` is that of
+            `args`, or of the weights to start from, or the width of the model.
 
     Returns:
         [`DynaDiTTransformer2DModel`].
@@ -59,13 +61,15 @@ def _make_first_transformer(args: argparse.Namespace, expected: dict, with_text:
         shape = {name: getattr(args, name) for name in arguments.SHAPE if getattr(args, name) is not None}
         config = {**config, **expected, **shape, "router_mode": args.router_mode or "capacity"}
         if with_text:
-            config["cross_attention_dim"] = args.cross_attention_dim or _width(config)
+            config |= _text_config(args, config)
         return DynaDiTTransformer2DModel(**config)
     path = args.pretrained_model_name_or_path
     transformer = load_transformer(path)
     if args.router_mode is not None:
         expected = {**expected, "router_mode": args.router_mode}
-    if with_text and transformer.config.cross_attention_dim and not transformer.config.caption_channels:
+    if with_text:
+        expected = {**expected, **_text_config(args, transformer.config)}
+    if with_text and transformer.takes_text and not transformer.config.caption_channels:
         width = expected["caption_channels"]
         if args.cross_attention_dim not in (None, width):
             raise ValueError(
@@ -73,16 +77,28 @@ def _make_first_transformer(args: argparse.Namespace, expected: dict, with_text:
                 f"{path}: it has no caption projection, so that its cross-attention reads the states of the text "
                 f"encoder, of width {width}, as they are. Leave it out."
             )
-        expected = {**expected, "caption_channels": None, "cross_attention_dim": width}
-    elif with_text:
-        dim = args.cross_attention_dim or transformer.config.cross_attention_dim or _width(transformer.config)
-        expected = {**expected, "cross_attention_dim": dim}
+        expected["caption_channels"] = None
+        if expected["cross_attention_dim"] is not None:
+            expected["cross_attention_dim"] = width
     transformer = adapt_transformer(transformer, expected, f"`--pretrained_model_name_or_path` {path}")
     if args.static:
         # Routers that were trained would make the saved pipeline dynamic again.
         for block in transformer.transformer_blocks:
             transformer.initialize_routers(block)
     return transformer
+
+
+def _text_config(args: argparse.Namespace, config: dict) -> dict:
+    """How a model of this config reads, or is to read, captions."""
+    dim, is_pooled = config.get("cross_attention_dim"), config.get("caption_pooling", False)
+    if args.text_conditioning is not None:
+        with_cross, is_pooled = args.text_conditioning != "modulation", args.text_conditioning != "cross_attention"
+    elif dim is not None or is_pooled:
+        with_cross = dim is not None
+    else:
+        with_cross, is_pooled = not args.caption_memory, args.caption_memory
+    dim = (args.cross_attention_dim or dim or _width(config)) if with_cross else None
+    return {"cross_attention_dim": dim, "caption_pooling": is_pooled}
 
 
 def _width(config: dict) -> int:

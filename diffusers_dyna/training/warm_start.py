@@ -15,15 +15,8 @@ from ..models import DynaDiTTransformer2DModel
 ADDABLE = {
     "condition_channels": set(),
     "noise_level_conditioning": {"noise_level_embedding"},
-    "cross_attention_dim": {
-        "caption_projection",
-        "caption_embedding",
-        "caption_memory",
-        "null_caption",
-        "norm_cross",
-        "cross_attn",
-        "cross_attn_rate",
-    },
+    "cross_attention_dim": {"null_caption", "caption_projection", "norm_cross", "cross_attn", "cross_attn_rate"},
+    "caption_pooling": {"null_caption", "caption_embedding", "caption_memory"},
 }
 
 
@@ -67,9 +60,11 @@ def adapt_transformer(
     """
     changes = {key: value for key, value in config.items() if transformer.config[key] != value}
     free = {"router_mode", *(key for key in ADDABLE if not transformer.config[key])}
-    if transformer.config.cross_attention_dim is None and config.get("cross_attention_dim") is not None:
-        free |= {"caption_channels", "caption_dropout_prob", "caption_pooling", "caption_memory_size"}
+    if not transformer.takes_text and (config.get("cross_attention_dim") or config.get("caption_pooling")):
+        free |= {"caption_channels", "caption_dropout_prob"}
         free |= {"num_classes"} if config.get("num_classes", 0) is None else set()
+    if not transformer.config.caption_pooling and config.get("caption_pooling"):
+        free |= {"caption_memory_size"}
     different = [
         f"`{key}`={transformer.config[key]!r} instead of {value!r}"
         for key, value in changes.items()
@@ -83,6 +78,8 @@ def adapt_transformer(
                 "It was trained for another task: start from a model that draws (`--task generate`), or from one of the "
                 "same task."
             )
+        elif refused & {"cross_attention_dim", "caption_pooling", "caption_memory_size"} and transformer.takes_text:
+            advice = "How it reads captions stays: leave `--text_conditioning` and `--caption_memory` out."
         raise ValueError(f"{name} does not fit this run: it has {', '.join(different)}. {advice}")
     if not changes:
         return transformer
@@ -103,6 +100,9 @@ def adapt_transformer(
         weights["pos_embed.proj.weight"] = projection
     if "router_mode" in changes:
         weights = {key: weight for key, weight in weights.items() if key not in transformer.router_parameters()}
+    if changes.get("caption_pooling"):
+        # In a new model adaLN-Zero holds it back, here nothing would.
+        torch.nn.init.zeros_(adapted.caption_embedding.linear_2.weight)
     missing, unexpected = adapted.load_state_dict(weights, strict=False)
     new_modules = set().union(*(ADDABLE.get(key, ()) for key in changes))
     new_routers = adapted.router_parameters() if "router_mode" in changes else {}

@@ -3,6 +3,7 @@
 
 import filecmp
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -147,36 +148,64 @@ class TestTraining:
         output = pipe("one red square", num_inference_steps=20, guidance_scale=2.0, output_compute_ratio=True)
         assert output.compute_ratio == pytest.approx(activity[-1]["compute_ratio"], abs=0.05)
 
-    @pytest.mark.parametrize("form", ["caption_pooling", "caption_memory"])
-    def test_the_mean_of_the_states(self, run_here, options, tmp_path, form):
-        """It tells the colours, and a further run keeps it, with the memory and the captions that it holds."""
-        training = {"static": True, "learning_rate": 5e-3, "num_validation_images": 0, **options, form: True}
-        run_here(tmp_path / "first", max_train_steps=150, **training)
+    @pytest.mark.parametrize(
+        "flags",
+        [{"text_conditioning": "modulation"}, {"text_conditioning": "both"}, {"caption_memory": True}],
+        ids=lambda flags: str(*flags.values()),
+    )
+    def test_the_mean_of_the_states(self, run_here, options, tmp_path, flags):
+        """It tells the colours, and a further run on other captions keeps how it is read, and what the memory holds."""
+        with_memory = "caption_memory" in flags
+        training = {"static": True, "learning_rate": 3e-3, "prediction_type": "sample", "num_validation_images": 0}
+        training |= options
+        run_here(tmp_path / "first", max_train_steps=300, **training, **flags)
         pipe = DynaDiTTextToImagePipeline.from_pretrained(tmp_path / "first")
-        memory = pipe.transformer.caption_memory
-        assert pipe.transformer.config.caption_pooling
-        assert (memory is not None) == (form == "caption_memory")
+        config, memory = pipe.transformer.config, pipe.transformer.caption_memory
+        assert config.caption_pooling and config.caption_memory_size == (9 if with_memory else None)
+        assert config.cross_attention_dim == (32 if flags.get("text_conditioning") == "both" else None)
         pipe.set_progress_bar_config(disable=True)
         generator = [torch.Generator().manual_seed(i) for i in range(3)]
         drawing = {"num_inference_steps": 8, "guidance_scale": 2.0, "output_type": "np"}
         images = pipe(list(COLORS), generator=generator, **drawing).images
         assert images.mean(axis=(1, 2)).argmax(axis=1).tolist() == [0, 1, 2]
-        if memory is not None:
-            texts = EncodedCaptions(tmp_path / "first" / "captions", [[caption] for caption in COLORS])
-            assert pipe.transformer.config.caption_memory_size == 9  # three captions of three colours
+        if with_memory:  # three captions of three colours, as the pipeline encodes them
             with torch.no_grad():
-                embeds, mask, _, _ = pipe.encode_prompt(["red"], do_classifier_free_guidance=False)
-                assert mask is None and texts.width == 16
-                similarities = memory.keys(torch.nn.functional.normalize(embeds.mean(dim=1), dim=1))
-            assert similarities.max() == pytest.approx(1.0, abs=1e-4)
+                embeds, _, _, _ = pipe.encode_prompt(list(COLORS), do_classifier_free_guidance=False)
+            similarities = torch.nn.functional.normalize(embeds.mean(dim=1), dim=1) @ memory.keys.T
+            torch.testing.assert_close(similarities.amax(dim=1), torch.ones(3), rtol=0, atol=1e-4)
+            assert len(similarities.argmax(dim=1).unique()) == 3
 
-        del training["text_encoder"], training[form]
-        run_here(tmp_path / "second", max_train_steps=2, pretrained_model_name_or_path=tmp_path / "first", **training)
+        pictures = tmp_path / "pictures"
+        shutil.copytree(training.pop("train_data_dir"), pictures)
+        lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+        renamed = [{**line, "text": [f"my {text}" for text in line["text"]]} for line in lines]
+        (pictures / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in renamed))
+        del training["text_encoder"]
+        training |= {"pretrained_model_name_or_path": tmp_path / "first", "train_data_dir": pictures}
+        run_here(tmp_path / "second", max_train_steps=2, **training)
         second = DynaDiTTransformer2DModel.from_pretrained(tmp_path / "second", subfolder="transformer")
-        assert second.config.caption_pooling
-        if memory is not None:
-            assert torch.equal(second.caption_memory.keys.weight, memory.keys.weight)
+        for name in ("caption_pooling", "caption_memory_size", "cross_attention_dim"):
+            assert second.config[name] == config[name]
+        if with_memory:
+            assert torch.equal(second.caption_memory.keys, memory.keys)
             assert not torch.equal(second.caption_memory.values.weight, memory.values.weight)
+            with pytest.raises(ValueError, match="has a memory of other captions than those of the data"):
+                run_here(tmp_path / "third", max_train_steps=2, caption_memory=True, **training)
+            training["train_data_dir"] = options["train_data_dir"]
+            run_here(tmp_path / "fourth", max_train_steps=2, caption_memory=True, **training)
+
+    def test_how_captions_are_read_stays(self, run_here, options, static_run, tmp_path):
+        """A memory is not put into a model that reads means already; cross-attention is not taken out."""
+        training = {"static": True, "max_train_steps": 1, "num_validation_images": 0, **options}
+        message = "How it reads captions stays: leave `--text_conditioning` and `--caption_memory` out"
+        del training["text_encoder"]
+        pretrained = {"pretrained_model_name_or_path": static_run}
+        with pytest.raises(ValueError, match=f"`cross_attention_dim`=32 instead of None. {message}"):
+            run_here(tmp_path / "a", text_conditioning="modulation", **pretrained, **training)
+        run_here(tmp_path / "both", text_conditioning="both", **pretrained, **training)
+        pretrained = {"pretrained_model_name_or_path": tmp_path / "both"}
+        with pytest.raises(ValueError, match=f"`caption_memory_size`=None instead of 9. {message}"):
+            run_here(tmp_path / "b", caption_memory=True, **pretrained, **training)
 
     def test_captions_are_dropped_by_their_samples(self, run_here, options, tmp_path):
         """With all of them dropped, nothing is left but the null caption."""
@@ -574,6 +603,11 @@ class TestBadInput:
             (["--text_encoder_subfolder", "x", "--pretrained_model_name_or_path", "a/b"], "is for `--text_encoder`"),
             (["--caption_dropout_prob", "2"], "`--caption_dropout_prob` 2.0 must be in [0, 1]"),
             (["--max_sequence_length", "0"], "`--max_sequence_length` 0 must be at least 1"),
+            (
+                ["--caption_memory", "--text_conditioning", "cross_attention"],
+                "`--caption_memory` is read with the mean of a caption's states, but `--text_conditioning "
+                "cross_attention` has none. Use modulation or both.",
+            ),
             (
                 ["--validation_prompts", "red", "--num_validation_images", "0"],
                 "`--validation_prompts` are for samples, but `--num_validation_images` is 0. Leave one of them out",

@@ -44,24 +44,45 @@ def test_from_classes_to_inpainting_and_upscaling(router_mode):
         assert_same(model, adapted, inputs, {**inputs, **level, "hidden_states": hidden_states})
 
 
+POOLING = {"caption_pooling": True}
+MODULATION = {**TEXT, **POOLING, "cross_attention_dim": None}
+
+
 @pytest.mark.parametrize(
-    "reading", [{}, {"caption_pooling": True}, {"caption_pooling": True, "caption_memory_size": 4}], ids=str
+    "config",
+    [TEXT, MODULATION, {**MODULATION, "caption_memory_size": 4}, {**TEXT, **POOLING}],
+    ids=["cross-attention", "modulation", "memory", "both"],
 )
 @pytest.mark.parametrize("router_mode", MODES)
-def test_from_classes_to_captions(router_mode, reading):
+def test_from_classes_to_captions(router_mode, config):
     """The outputs are those of the null class, and the routers, which have not heard of it, decide as before."""
     inputs = {**dit_inputs(), "class_labels": torch.full((3,), 5)}
     model = mixed_dyna_dit(inputs, router_mode=router_mode)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    adapted = adapt_transformer(model, {**TEXT, **reading}).eval()
+    adapted = adapt_transformer(model, config).eval()
     assert adapted.class_embedding is None
-    assert (adapted.caption_embedding is not None) == ("caption_pooling" in reading)
-    assert (adapted.caption_memory is not None) == ("caption_memory_size" in reading)
+    assert (adapted.caption_projection is not None) == (config["cross_attention_dim"] is not None)
+    assert (adapted.caption_embedding is not None) == ("caption_pooling" in config)
+    assert (adapted.caption_memory is not None) == ("caption_memory_size" in config)
     assert adapted.has_null_caption
     del inputs["class_labels"]
     assert_same(model, adapted, {**inputs, "class_labels": torch.full((3,), 5)}, {**inputs, **captions()})
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "config, added",
+    [(TEXT, {**POOLING, "caption_memory_size": 4}), (MODULATION, {"cross_attention_dim": 24})],
+    ids=["modulation", "cross-attention"],
+)
+def test_another_reading_of_captions_is_added(config, added):
+    inputs = {**dit_inputs(), **captions()}
+    del inputs["class_labels"]
+    model = mixed_dyna_dit(inputs, **config)
+    adapted = adapt_transformer(model, {**config, **added}).eval()
+    assert adapted.caption_embedding is not None and adapted.config.cross_attention_dim == 24
+    assert_same(model, adapted, inputs, inputs)
 
 
 @pytest.mark.parametrize("router_mode", MODES)
@@ -180,6 +201,7 @@ def test_weights_under_other_names_are_not_dropped(asked):
         (TEXT, {"caption_channels": 32, "cross_attention_dim": 24}, "`caption_channels`=16 instead of 32"),
         (TEXT, {"cross_attention_dim": None}, "`cross_attention_dim`=24 instead of None"),
         ({**TEXT, "caption_channels": None}, TEXT, "`caption_channels`=None instead of 16"),
+        (MODULATION, {"caption_memory_size": 4}, "How it reads captions stays"),
         ({"learn_sigma": True}, {"learn_sigma": False, **TEXT}, "`learn_sigma`=True instead of False"),
     ],
 )
