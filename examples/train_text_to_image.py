@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator,
         batch_size=args.text_batch_size,
     )
-    if args.caption_memory:
+    if args.caption_memory and run.checkpoint is None:
         texts.write_to_memory(transformer)
 
     def make_pipeline(model):

@@ -229,8 +229,8 @@ class DynaQKVLinear(DynaLinear):
 
 class DynaFloat32Linear(nn.Linear):
     """
-    A Linear that computes in float32 whatever its weights, its input and autocast say: where decisions hang on it, or all
-    blocks do.
+    A Linear that computes in float32 whatever its weights, its input and autocast say: decisions hang on it, or the
+    conditions of all blocks do.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -1496,9 +1496,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         self._check_text(_Text(encoder_hidden_states, encoder_attention_mask, None), count, "captions")
         keys = self.caption_memory.keys
         if keys.is_meta:
-            raise ValueError(
-                "The memory is on the meta device, as under offloading. Write to it before `cpu_offload`."
-            )
+            raise ValueError("The memory is on the meta device, as under offloading. Write to it before that.")
         captions = _pool(encoder_hidden_states, encoder_attention_mask)
         if not (captions.isfinite().all() and captions.any(dim=1).all()):
             raise ValueError("`encoder_hidden_states` must be finite, and their mean must not be 0.")
@@ -1883,7 +1881,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         """
         Multiply-accumulates of one sample in one call. `blocks` counts attention and MLPs, the denominator and numerator
         of `compute_ratio`; `total` counts every matrix product and convolution, the routers of a dynamic call included,
-        and what a prepared trajectory does once (modulations, keys and values of the text) as well.
+        and what a prepared trajectory does once (modulations; keys, values and embedding of the text) as well.
 
         Args:
             sample_size (`int` or `tuple[int, int]`, *optional*): height and width. `None` is the native size.
@@ -2038,10 +2036,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     ) -> None:
         """
         Prepares the skipping form for a trajectory: the decisions of all routers at once, the modulations of all blocks
-        for every pair of timestep and label (not where captions modulate), the keys and values of the text or its embedding
-        as a whole, and memory for each layer's cut weights, in which a step replaces only the heads and groups that change. A call at another timestep, label, text or noise
-        level is right too, only not prepared, unless [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds;
-        free it with [`clear_plan`]. It belongs to one thread and one stream.
+        for every pair of timestep and label (not where captions modulate), the keys and values of the text and its
+        embedding as a whole, and memory for each layer's cut weights, in which a step replaces only the heads and groups
+        that change. A call at another timestep, label, text or noise level is right too, only not prepared, unless
+        [`set_plan_step`] says otherwise. [`plan_bytes`] tells what it holds; free it with [`clear_plan`]. It belongs to one
+        thread and one stream.
 
         What was prepared is dropped where weights, dtype, device or width change, and by a call in training mode or with
         gradients. A write through `.data`, as `EMAModel.copy_to` does, cannot be seen: call [`clear_plan`] after one.
@@ -2114,7 +2113,7 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
 
     @property
     def plan_bytes(self) -> int:
-        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, and weights as they are first used."""
+        """Memory of what [`prepare_timesteps`] has prepared so far: modulations, text, and weights once they are used."""
         return 0 if self._plan is None else self._plan.cut_weights.num_bytes
 
     def _apply(self, *args, **kwargs):
@@ -2246,10 +2245,11 @@ class DynaDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         if plan.text is not None:
             layers += sources["text"]
         tensors = [tensor for layer in layers for tensor in (layer.weight, getattr(layer, "bias", None))]
-        if plan.caption is not None and self.caption_memory is not None:
+        modes = [block.router_mode for block in self._blocks]
+        if self.caption_memory is not None:
             tensors.append(self.caption_memory.keys)
-        modes = tuple(block.router_mode for block in self._blocks)
-        return (tuple(map(id, layers)), _signature(tensors), self._width_mult, modes)
+            modes.append(self.caption_memory.temperature)
+        return (tuple(map(id, layers)), _signature(tensors), self._width_mult, *modes)
 
     def _find_step(self, timestep: torch.Tensor) -> int | None:
         """Which of the prepared timesteps a call is at, if its samples are at one and the model is as it was."""

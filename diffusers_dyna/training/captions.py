@@ -200,7 +200,8 @@ class EncodedCaptions:
         before = keys.clone()
         for start in range(0, len(every), 256):
             transformer.write_caption_memory(*self.encode(every[start : start + 256]), start=start)
-        if before.any() and not torch.allclose(before, keys, atol=1e-3):
+        # Cosines, which rounding to bfloat16 leaves.
+        if before.any() and (torch.cosine_similarity(before.float(), keys.float()) < 0.999).any():
             keys.copy_(before)
             raise ValueError(
                 "`transformer` has a memory of other captions than those of the data, or in another order. Leave "

@@ -43,8 +43,9 @@ def make_transformer(
         [`DynaDiTTransformer2DModel`].
 
     Raises:
-        `ValueError`: if weights are given that do not fit, see [`adapt_transformer`], or that have no caption projection
-            where `args` asks for another `cross_attention_dim` than the width of the captions.
+        `ValueError`: if weights are given that do not fit, see [`adapt_transformer`], that read captions otherwise than
+            `args` ask, or that have no caption projection where `args` asks for another `cross_attention_dim` than the
+            width of the captions.
     """
     if checkpoint is not None and (checkpoint / "transformer").is_dir():
         return DynaDiTTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
@@ -89,16 +90,35 @@ def _make_first_transformer(args: argparse.Namespace, expected: dict, with_text:
 
 
 def _text_config(args: argparse.Namespace, config: dict) -> dict:
-    """How a model of this config reads, or is to read, captions."""
+    """How a model of this config reads, or is to read, captions. It can learn another way, and forgets none."""
     dim, is_pooled = config.get("cross_attention_dim"), config.get("caption_pooling", False)
+    with_cross, with_mean = dim is not None, is_pooled
     if args.text_conditioning is not None:
-        with_cross, is_pooled = args.text_conditioning != "modulation", args.text_conditioning != "cross_attention"
-    elif dim is not None or is_pooled:
-        with_cross = dim is not None
-    else:
-        with_cross, is_pooled = not args.caption_memory, args.caption_memory
+        with_cross, with_mean = args.text_conditioning != "modulation", args.text_conditioning != "cross_attention"
+    elif not (with_cross or with_mean):
+        with_cross, with_mean = not args.caption_memory, args.caption_memory
+    if (dim is not None and not with_cross) or (is_pooled and not with_mean):
+        raise ValueError(
+            f"`--text_conditioning` {args.text_conditioning} leaves out a way in which the weights to start from read "
+            "captions. Use both, or leave it out."
+        )
+    if args.caption_memory and is_pooled and config["caption_memory_size"] is None:
+        raise ValueError(
+            "`--caption_memory` does not fit the weights to start from, which read the mean of a caption's states without "
+            "a memory. Leave it out."
+        )
+    if args.caption_memory and not with_mean:
+        raise ValueError(
+            "`--caption_memory` is read with the mean of a caption's states, which the weights to start from do not read. "
+            "Give `--text_conditioning both` too."
+        )
+    if args.cross_attention_dim is not None and not with_cross:
+        raise ValueError(
+            f"`--cross_attention_dim` {args.cross_attention_dim} is for cross-attention, but captions only modulate here. "
+            "Give `--text_conditioning both`, or leave it out."
+        )
     dim = (args.cross_attention_dim or dim or _width(config)) if with_cross else None
-    return {"cross_attention_dim": dim, "caption_pooling": is_pooled}
+    return {"cross_attention_dim": dim, "caption_pooling": with_mean}
 
 
 def _width(config: dict) -> int:

@@ -64,7 +64,7 @@ def adapt_transformer(
         free |= {"caption_channels", "caption_dropout_prob"}
         free |= {"num_classes"} if config.get("num_classes", 0) is None else set()
     if not transformer.config.caption_pooling and config.get("caption_pooling"):
-        free |= {"caption_memory_size"}
+        free |= {"caption_memory_size", "caption_memory_temperature"}
     different = [
         f"`{key}`={transformer.config[key]!r} instead of {value!r}"
         for key, value in changes.items()
@@ -78,8 +78,6 @@ def adapt_transformer(
                 "It was trained for another task: start from a model that draws (`--task generate`), or from one of the "
                 "same task."
             )
-        elif refused & {"cross_attention_dim", "caption_pooling", "caption_memory_size"} and transformer.takes_text:
-            advice = "How it reads captions stays: leave `--text_conditioning` and `--caption_memory` out."
         raise ValueError(f"{name} does not fit this run: it has {', '.join(different)}. {advice}")
     if not changes:
         return transformer

@@ -47,14 +47,23 @@ from .dyna_dit_common import (
 CLASSES = {"num_classes": 3, "class_dropout_prob": 0.1}
 PROMPTS = ["a big red square", "blue", "small dark square"]
 ENCODERS = ("bert", "clip", "t5")
+# Other readings of captions than by cross-attention.
+MODULATION = {"cross_attention_dim": None, "caption_pooling": True}
+MEMORY = {**MODULATION, "caption_memory_size": 3, "caption_memory_temperature": 0.02}
+BOTH = {**MEMORY, "cross_attention_dim": 24}
+READINGS = pytest.mark.parametrize("reading", [MODULATION, MEMORY, BOTH], ids=["modulation", "memory", "both"])
 
 
 def make_pipeline(scheduler=None, vae=None, encoder="bert", id2label=None, **overrides) -> DynaDiTTextToImagePipeline:
     transformer = tiny_dit(**{**TEXT, **overrides})
     text = (tiny_text_encoder(encoder), tiny_tokenizer())
-    return quiet(
+    pipe = quiet(
         DynaDiTTextToImagePipeline(transformer, scheduler or FlowMatchODEScheduler(), *text, vae, id2label=id2label)
     )
+    if transformer.caption_memory is not None:
+        with torch.no_grad():
+            transformer.write_caption_memory(*pipe.encode_prompt(["red", "dark blue", "a square"])[:2])
+    return pipe
 
 
 def draw(pipe, *args, guidance_scale=1.0, **kwargs) -> torch.Tensor:
@@ -114,6 +123,11 @@ class TestStandard(DynaDiTPipelineTests):
         return {"prompt": [PROMPTS[entry % 3] for entry in entries], "guidance_scale": 2.0}
 
 
+class TestStandardOfAMemory(TestStandard):
+    def make(self, **overrides):
+        return make_pipeline(**{**MEMORY, **overrides})
+
+
 # The loop and guidance
 
 
@@ -125,6 +139,19 @@ def test_loop(encoder, scale):
     actual = draw(pipe, PROMPTS, num_inference_steps=4, guidance_scale=scale, generator=generators(0, 1, 2))
     assert expected.std() > 0.05
     assert_close(actual, expected)
+
+
+@READINGS
+def test_loop_of_captions_that_modulate(reading):
+    """Of prompts of several lengths, each with a negative one, as one alone."""
+    pipe = make_pipeline(**reading)
+    negative = ["bright", "a small blue square", "dark"]
+    expected = written_out_loop(pipe, PROMPTS, 4, 2.5, negative)
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.5, "generator": generators(0, 1, 2)}
+    assert_close(draw(pipe, PROMPTS, negative, **arguments), expected)
+    arguments["generator"] = generators(0, 1, 2)
+    others = draw(pipe, PROMPTS[::-1], negative, **arguments)
+    assert (others - expected).abs().amax(dim=(1, 2, 3))[[0, 2]].min() > 0.01
 
 
 def test_guidance_is_that_of_pixart_and_sana_by_default():
@@ -218,6 +245,19 @@ def test_text_is_computed_once(interval, negative):
     assert len(calls) == 7 * len(pipe.transformer.transformer_blocks)
 
 
+@READINGS
+def test_captions_that_modulate_are_embedded_once(reading):
+    pipe, calls = make_pipeline(**reading), []
+    embed = pipe.transformer._embed_caption
+    pipe.transformer._embed_caption = lambda *args: calls.append(1) or embed(*args)
+    arguments = {"guidance_scale": 2.0, "guidance_interval": (0.4, 0.8), "num_inference_steps": 6}
+    images = draw(pipe, PROMPTS, "bright", generator=generators(0, 1, 2), **arguments)
+    assert len(calls) == 1
+    expected = draw(pipe, PROMPTS, "bright", generator=generators(0, 1, 2), max_plan_bytes=0, **arguments)
+    assert len(calls) == 7
+    assert_close(images, expected)
+
+
 def test_a_model_of_text_and_classes_draws_with_the_null_class():
     pipe = make_pipeline(**CLASSES)
     actual = draw(pipe, PROMPTS, guidance_scale=2.0, generator=generators(0, 1, 2))
@@ -270,12 +310,15 @@ def test_no_prompt_draws_from_the_null_caption():
     assert_close(actual, expected)
 
 
-def test_text_decides_what_is_drawn():
+@pytest.mark.parametrize(
+    "reading", [{}, MODULATION, MEMORY, BOTH], ids=["cross-attention", "modulation", "memory", "both"]
+)
+def test_text_decides_what_is_drawn(reading):
     """
     Trained on plain squares of the colour that the caption names, a tiny model draws the colour that the prompt names,
     more of it with guidance, and less of the one that a negative prompt names.
     """
-    pipe = make_pipeline(learn_sigma=False, num_layers=2)
+    pipe = make_pipeline(learn_sigma=False, num_layers=2, **reading)
     transformer = pipe.transformer.train()
     colours = {"a red square": (1.0, -1.0, -1.0), "a blue square": (-1.0, -1.0, 1.0), "dark": (-1.0, -1.0, -1.0)}
     with torch.random.fork_rng(devices=[]):
@@ -287,6 +330,8 @@ def test_text_decides_what_is_drawn():
         leave_a_part_out(transformer)
         with torch.no_grad():
             text, mask, _, _ = pipe.encode_prompt(list(colours), device="cpu")
+            if transformer.caption_memory is not None:
+                transformer.write_caption_memory(text, mask)
         images = torch.tensor(list(colours.values()))[:, :, None, None].expand(-1, -1, 8, 8)
         optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
         for _ in range(150):

@@ -195,17 +195,38 @@ class TestTraining:
             run_here(tmp_path / "fourth", max_train_steps=2, caption_memory=True, **training)
 
     def test_how_captions_are_read_stays(self, run_here, options, static_run, tmp_path):
-        """A memory is not put into a model that reads means already; cross-attention is not taken out."""
+        """A way is added to those that a model has; none goes, and no memory comes between."""
         training = {"static": True, "max_train_steps": 1, "num_validation_images": 0, **options}
-        message = "How it reads captions stays: leave `--text_conditioning` and `--caption_memory` out"
         del training["text_encoder"]
-        pretrained = {"pretrained_model_name_or_path": static_run}
-        with pytest.raises(ValueError, match=f"`cross_attention_dim`=32 instead of None. {message}"):
-            run_here(tmp_path / "a", text_conditioning="modulation", **pretrained, **training)
-        run_here(tmp_path / "both", text_conditioning="both", **pretrained, **training)
-        pretrained = {"pretrained_model_name_or_path": tmp_path / "both"}
-        with pytest.raises(ValueError, match=f"`caption_memory_size`=None instead of 9. {message}"):
-            run_here(tmp_path / "b", caption_memory=True, **pretrained, **training)
+
+        def refused(message, pretrained, **flags):
+            with pytest.raises(ValueError, match=message):
+                run_here(tmp_path / "no", pretrained_model_name_or_path=pretrained, **flags, **training)
+
+        refused("`--text_conditioning` modulation leaves out a way", static_run, text_conditioning="modulation")
+        refused("Give `--text_conditioning both` too", static_run, caption_memory=True)
+        added = {"text_conditioning": "both", "caption_memory": True}
+        run_here(tmp_path / "all", pretrained_model_name_or_path=static_run, **added, **training)
+        transformer = self.load(tmp_path / "all")
+        assert transformer.config.caption_memory_size == 9 and transformer.caption_memory.keys.any()
+        run_here(tmp_path / "both", pretrained_model_name_or_path=static_run, text_conditioning="both", **training)
+        refused("which read the mean of a caption's states without a memory", tmp_path / "both", caption_memory=True)
+        refused("leaves out a way", tmp_path / "both", text_conditioning="cross_attention")
+        with pytest.raises(ValueError, match="`--cross_attention_dim` 8 is for cross-attention, but captions only"):
+            run_here(tmp_path / "no", text_conditioning="modulation", cross_attention_dim=8, **options)
+
+    def test_a_checkpoint_keeps_its_memory(self, run_here, options, tmp_path):
+        """A run that goes on is given its keys; one that asks for a memory only then is refused by name."""
+        training = {"static": True, "num_validation_images": 0, "checkpointing_steps": 2, **options}
+        run_here(tmp_path / "a", max_train_steps=2, caption_memory=True, **training)
+        keys = self.load(tmp_path / "a").caption_memory.keys
+        run_here(tmp_path / "a", max_train_steps=4, caption_memory=True, resume_from_checkpoint="latest", **training)
+        assert torch.equal(self.load(tmp_path / "a").caption_memory.keys, keys)
+        run_here(tmp_path / "b", max_train_steps=2, **training)
+        with pytest.raises(ValueError, match="caption_memory: False in the checkpoint, True now"):
+            run_here(
+                tmp_path / "b", max_train_steps=4, caption_memory=True, resume_from_checkpoint="latest", **training
+            )
 
     def test_captions_are_dropped_by_their_samples(self, run_here, options, tmp_path):
         """With all of them dropped, nothing is left but the null caption."""

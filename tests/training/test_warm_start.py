@@ -201,7 +201,7 @@ def test_weights_under_other_names_are_not_dropped(asked):
         (TEXT, {"caption_channels": 32, "cross_attention_dim": 24}, "`caption_channels`=16 instead of 32"),
         (TEXT, {"cross_attention_dim": None}, "`cross_attention_dim`=24 instead of None"),
         ({**TEXT, "caption_channels": None}, TEXT, "`caption_channels`=None instead of 16"),
-        (MODULATION, {"caption_memory_size": 4}, "How it reads captions stays"),
+        (MODULATION, {"caption_memory_size": 4}, "`caption_memory_size`=None instead of 4"),
         ({"learn_sigma": True}, {"learn_sigma": False, **TEXT}, "`learn_sigma`=True instead of False"),
     ],
 )
