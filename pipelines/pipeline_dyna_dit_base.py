@@ -116,6 +116,11 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             components: all components by name, `None` for what the pipeline goes without.
         """
         transformer, vae = components["transformer"], components["vae"]
+        if "noise_level_conditioning" not in getattr(transformer, "config", {}):
+            raise TypeError(
+                f"`transformer` is {type(transformer).__name__}. Use a DynaDiTTransformer2DModel; `diffusers_dyna.conversion` "
+                "makes one of public weights of DiT, SiT and DyDiT."
+            )
         config = transformer.config
         trained_for = self._task_of(transformer)
         if trained_for not in task.split("|"):
@@ -198,6 +203,10 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         Returns:
             The new pipeline.
         """
+        # Those that a pipeline of classes does not have: what is said then is that the transformer takes no text.
+        for name in {"text_encoder", "tokenizer"} & inspect.signature(cls.__init__).parameters.keys():
+            if not hasattr(pipeline, name):
+                kwargs.setdefault(name, None)
         if any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype", "custom_pipeline")):
             return super().from_pipe(pipeline, **kwargs)
         # diffusers ends with `to(dtype=...)` of the new pipeline: it is made as a class in which that does nothing.
@@ -951,14 +960,10 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
         batches = []
         for one in images:
             if isinstance(one, PIL.Image.Image):
-                if channels not in (1, 3):
-                    raise ValueError(
-                        f"`{name}` must have {channels} channels. Give a tensor instead of an image of Pillow."
-                    )
-                one = np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+                one = np.asarray(self.convert_image(one, channels, name), dtype=np.float32) / 255
             shape = tuple(one.shape)
             is_array = isinstance(one, np.ndarray)
-            one = torch.as_tensor(one)
+            one = torch.as_tensor(one.copy() if is_array else one)  # any strides
             if one.ndim == 2:
                 one = one[None, None]
             elif one.ndim == 3:
@@ -986,6 +991,29 @@ class DynaDiTPipelineBase(DiffusionPipeline, SanaLoraLoaderMixin):
             listed = ", ".join(f"{height} x {width}" for height, width in sizes)
             raise ValueError(f"`{name}` has images of several sizes: {listed}. Call the pipeline for each of them.")
         return torch.cat(batches)
+
+    @staticmethod
+    def convert_image(image: PIL.Image.Image, channels: int, name: str = "image") -> PIL.Image.Image:
+        """
+        Args:
+            image (`PIL.Image.Image`): of any mode with 8 bits a channel. What is transparent becomes opaque.
+            channels (`int`): 1 for gray, 3 for RGB.
+            name (`str`, defaults to `"image"`): the argument, for messages.
+
+        Returns:
+            `PIL.Image.Image`: of mode L or RGB.
+
+        Raises:
+            `ValueError`: on another number of channels, and on modes of more bits, which Pillow would cut at 255.
+        """
+        if channels not in (1, 3):
+            raise ValueError(f"`{name}` must have {channels} channels. Give a tensor instead of an image of Pillow.")
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"`{name}` is an image of Pillow of mode {image.mode!r}, of more than 8 bits. Give an array with values in "
+                "[0, 1], such as `numpy.asarray(image) / 65535` for 16 bits."
+            )
+        return image.convert("L" if channels == 1 else "RGB")
 
     def encode_image(
         self,

@@ -501,8 +501,10 @@ class DynaDiTInpaintPipeline(DynaDiTPipelineBase):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         if padding_mask_crop is not None:
-            # Cut at 0.5 before the crop, so that what is pasted and what is kept fit.
-            binary_mask = mask_image.convert("L").point(lambda value: 255 if value >= 128 else 0)
+            # Without transparency, by which the result would be pasted. The mask is cut at 0.5 before the crop, so that
+            # what is pasted and what is kept fit.
+            image = self.convert_image(image, (self.transformer if self.vae is None else self.vae).config.in_channels)
+            binary_mask = self.convert_image(mask_image, 1, "mask_image").point(lambda value: 255 * (value >= 128))
             self.check_mask(self.read_image(binary_mask, channels=1))
             box = self.image_processor.get_crop_region(binary_mask, width, height, pad=padding_mask_crop)
             cropped = [

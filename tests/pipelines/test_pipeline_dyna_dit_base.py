@@ -7,6 +7,7 @@ it: from the middle of a grid, with steps taken again, with conditions in furthe
 import inspect
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -431,3 +432,39 @@ def test_images_of_several_sizes_are_read_at_one():
     torch.testing.assert_close(read[1:], resized.clamp(0, 1))
     with pytest.raises(ValueError, match="`image` has images of several sizes: 8 x 8, 12 x 6"):
         pipe.read_image(images)
+
+
+def test_arrays_of_any_strides_are_read():
+    pipe = make_pipeline()
+    array = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
+    flipped = array[::-1, :, ::-1]
+    np.testing.assert_array_equal(pipe.read_image(flipped)[0].permute(1, 2, 0).numpy(), np.ascontiguousarray(flipped))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(mode):
+    """Pillow would cut them at 255, without a word."""
+    pipe = make_pipeline()
+    values = np.linspace(0, 1, 64).reshape(8, 8)
+    image = {
+        "I;16": PIL.Image.fromarray((values * 65535).astype(np.uint16)),
+        "I": PIL.Image.fromarray((values * 65535).astype(np.int32)),
+        "F": PIL.Image.fromarray(values.astype(np.float32)),
+    }[mode]
+    assert image.mode == mode
+    with pytest.raises(
+        ValueError, match=f"`image` is an image of Pillow of mode '{mode}', of more than 8 bits. Give an"
+    ):
+        pipe.read_image(image)
+    with pytest.raises(ValueError, match=f"`mask_image` is an image of Pillow of mode '{mode}'"):
+        pipe.read_image([image], "mask_image", channels=1)
+
+
+def test_transformers_of_other_libraries():
+    model = diffusers.UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+                                  up_block_types=("UpBlock2D",), norm_num_groups=2)  # fmt: skip
+    for other in (model, torch.nn.Linear(2, 2)):
+        with pytest.raises(
+            TypeError, match=f"`transformer` is {type(other).__name__}. Use a DynaDiTTransformer2DModel"
+        ):
+            AnyTaskPipeline(other, FlowMatchODEScheduler())

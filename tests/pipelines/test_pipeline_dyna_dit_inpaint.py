@@ -560,20 +560,21 @@ def test_size():
     assert (small[:, :, :4, :2] - 0.7).abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
 def test_padding_mask_crop(mode):
-    """A part of the image at the transformer's size, pasted back; elsewhere nothing changes."""
-    channels = len(mode)
+    """A part of the image at the transformer's size, pasted back; elsewhere nothing changes, whatever is transparent."""
+    channels = len(mode.rstrip("A"))
     pipe = make_pipeline(in_channels=channels)
     rng = np.random.default_rng(0)
-    image = PIL.Image.fromarray(rng.integers(0, 256, (21, 30, 3), dtype=np.uint8)).convert(mode)
+    image = PIL.Image.fromarray(rng.integers(0, 256, (21, 30, 4), dtype=np.uint8)).convert(mode)
     mask = np.zeros((21, 30), dtype=np.uint8)
     mask[9:12, 14:18] = 200
     mask[0, 0] = 100  # below 0.5
     mask_image = PIL.Image.fromarray(mask)
     arguments = {"class_labels": 1, "output_type": "pil", "generator": generators(0)}
     (result,) = paint(pipe, image, mask_image, padding_mask_crop=2, **arguments)
-    assert result.size == image.size and result.mode == mode
+    image = image.convert(mode.rstrip("A"))
+    assert result.size == image.size and result.mode == image.mode
     kept = mask < 128
     assert np.array_equal(np.asarray(result)[kept], np.asarray(image)[kept])
     assert not np.array_equal(np.asarray(result)[~kept], np.asarray(image)[~kept])
@@ -584,6 +585,12 @@ def test_padding_mask_crop(mode):
     (painted,) = paint(pipe, image.crop(part), mask_image.crop(part), **arguments)
     hole = np.s_[9:12, 14:18]
     assert np.array_equal(np.asarray(result)[hole], np.asarray(painted)[2:5, 2:6])
+
+
+def test_padding_mask_crop_of_16_bits():
+    image, mask = PIL.Image.new("RGB", (16, 16)), PIL.Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16))
+    with pytest.raises(ValueError, match="`mask_image` is an image of Pillow of mode 'I;16', of more than 8 bits"):
+        paint(make_pipeline(), image, mask, class_labels=1, output_type="pil", padding_mask_crop=2)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -441,6 +441,13 @@ def test_from_pipe_to_the_other_pipelines():
             assert other.id2label == back.id2label == names
 
 
+def test_from_pipe_of_a_model_without_text():
+    pipe = DynaDiTPipeline(tiny_dit(), FlowMatchODEScheduler())
+    message = r"`transformer` was made for another task \(generate\) than DynaDiTTextToImagePipeline"
+    with pytest.raises(ValueError, match=message):
+        DynaDiTTextToImagePipeline.from_pipe(pipe)
+
+
 def test_caption_width_without_projection():
     pipe = make_pipeline(caption_channels=None, cross_attention_dim=16)
     assert_close(draw(pipe, PROMPTS, generator=generators(0, 1, 2)), written_out_loop(pipe, PROMPTS, 3))

@@ -483,7 +483,7 @@ def test_results_are_the_image_enlarged_by_four():
 
 
 def test_noise_level_lets_go_of_the_image(pipe_of_waves):
-    """More of it, and the result keeps less of the image; it is still a wave, since the model is told the level."""
+    """More of it, and the result keeps less of the image."""
     images = draw_smooth(8, torch.Generator().manual_seed(1)) / 2 + 0.5
     low = downscale(images, 2)
     errors = []
@@ -495,7 +495,10 @@ def test_noise_level_lets_go_of_the_image(pipe_of_waves):
 
 
 def test_no_seams(pipe_of_waves):
-    """Where tiles meet, neighbouring pixels differ no more than elsewhere; without an overlap, they do."""
+    """
+    Where tiles meet, neighbouring pixels differ no more than elsewhere; without an overlap, they do. That the weights of
+    the tiles are smooth is tested above.
+    """
     images = draw_smooth(4, torch.Generator().manual_seed(1), size=32) / 2 + 0.5
     low = downscale(images, 2)
 
